@@ -1,0 +1,92 @@
+"""How a plan reaches the ranks and how their answer comes back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dist_vlm.workers.config import LoadReport
+from dist_vlm.workers.plan import StepPlan, StepResult
+
+if TYPE_CHECKING:
+    import numpy as np
+
+StageKind = Literal["pixel_values", "image_features"]
+
+
+class ExecutorError(RuntimeError):
+    """The ranks cannot go on. `rank` is the one to blame, where it is known.
+
+    stage: what was being done: "ray", "placement", "actor", "join", "load", "allocate", "step", ...
+    """
+
+    def __init__(self, stage: str, cause: str, rank: int | None = None) -> None:
+        self.stage, self.cause, self.rank = stage, cause, rank
+        where = f"rank {rank}" if rank is not None else "no rank yet"
+        super().__init__(f"{stage} failed ({where}): {cause}")
+
+
+class StartError(ExecutorError):
+    """The ranks could not be started; nothing of them is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagedImage:
+    """Every rank has acknowledged an image (`error` is None), or one could not take it."""
+
+    key: str
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorInfo:
+    """What a started executor offers.
+
+    num_blocks: KV blocks, the smallest number over the ranks.
+    reports: one a rank, in rank order.
+    """
+
+    num_blocks: int
+    reports: tuple[LoadReport, ...]
+
+
+class Executor(ABC):
+    """Owns the ranks. Not safe for use from several threads."""
+
+    @abstractmethod
+    def start(self) -> ExecutorInfo:
+        """Starts the ranks and loads the model. Raises `StartError` within the configured deadline."""
+
+    @abstractmethod
+    def stage(self, key: str, kind: StageKind, array: np.ndarray) -> None:
+        """Begins to hand an image to every rank; `poll_staged` tells when it has arrived.
+
+        key: the image's content key.
+        array: pixel values [1, channels, height, width], or vision-tower output [1, rows, width]; float32.
+            The caller must not write to it afterwards.
+        """
+
+    @abstractmethod
+    def poll_staged(self) -> Sequence[StagedImage]:
+        """Images whose staging has ended since the last call. Does not block."""
+
+    @abstractmethod
+    def unstage(self, key: str) -> None:
+        """Forgets a staged image. No submitted and uncollected plan may name it in `encode`."""
+
+    @abstractmethod
+    def submit(self, plan: StepPlan) -> None:
+        """Sends a plan to every rank. Plans run in the order of their submission."""
+
+    @abstractmethod
+    def collect(self) -> StepResult:
+        """Waits for the answer to the oldest uncollected plan: rank 0's, once all ranks have given the same.
+
+        Raises `ExecutorError` if a rank died, took too long, or answered differently.
+        """
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Ends every rank and frees what they held. May be called twice, and after a failure."""

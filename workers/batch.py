@@ -1,0 +1,39 @@
+"""The tensors of one step. `pack` alone makes them; they are an argument of every forward, never ambient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens of S sequences, a sequence's tokens adjacent and in ascending position.
+
+    token_ids: int64 [T].
+    positions: int64 [axes, T]: positions for the rotary embedding; one axis unless the model has more.
+    rotary_lengths: int64 [T]: the sequence length each token's rotary frequencies are computed for, max(prompt
+        length, position + 1); only rotary types whose frequencies depend on the length read it.
+    slot_mapping: int64 [T]: where each token's key and value go: block id * block_size + offset.
+    query_starts: int64 [S + 1]: the tokens of sequence s are [query_starts[s], query_starts[s + 1]).
+    context_lens: int64 [S]: keys that the last token of sequence s sees, itself included.
+    block_tables: int64 [S, blocks]: block ids of each sequence, zero past its end.
+    logits_rows: int64 [R]: tokens whose logits are wanted.
+    image_rows: int64 [I]: tokens whose embedding is an image feature.
+    image_features: [I, hidden_size], the model's dtype, in the order of image_rows.
+    max_query_len, max_context_len: the greatest of their kind, known to the host.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    rotary_lengths: torch.Tensor
+    slot_mapping: torch.Tensor
+    query_starts: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    logits_rows: torch.Tensor
+    image_rows: torch.Tensor
+    image_features: torch.Tensor
+    max_query_len: int
+    max_context_len: int

@@ -1,0 +1,88 @@
+"""What a model family offers to the rest of the runtime."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from dist_vlm.workers.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch import nn
+
+    from dist_vlm.workers.batch import Batch
+    from dist_vlm.workers.comm import Communicator
+    from dist_vlm.workers.kv_cache import KVCache
+    from dist_vlm.workers.weights import WeightSource
+    from dist_vlm.kernels.choice import OpSet
+
+
+class LanguageModel(ABC):
+    """One rank's shard of a language model."""
+
+    module: nn.Module
+
+    @abstractmethod
+    def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+        """Writes the batch's keys and values and returns float32 logits [len(batch.logits_rows), vocab_size],
+        gathered: the same on every rank."""
+
+
+class VisionModel(ABC):
+    """A vision encoder with its projector, whole on every rank."""
+
+    module: nn.Module
+
+    @abstractmethod
+    def encode_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[images, channels, height, width] -> [images, image_feature_size, hidden_size]."""
+
+    @abstractmethod
+    def project_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Vision-tower output [images, rows, image_feature_width] -> [images, rows, hidden_size]."""
+
+
+class ImageProcessor(ABC):
+    """The host's half of a family: pictures to pixel tensors. Runs in the driver."""
+
+    @abstractmethod
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """One RGB picture -> float32 pixel values, shape `image_input_shape`."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Names the processor's settings; part of an image's content key."""
+
+
+class ModelFamily(ABC):
+    """Heavy imports (torch, transformers) belong inside the methods: the driver reads specs without them."""
+
+    @abstractmethod
+    def read_spec(self, path: str, config: dict[str, Any]) -> ModelSpec:
+        """Checks `config` (the parsed config.json of `path`) and returns its facts; `CheckpointError` otherwise."""
+
+    @abstractmethod
+    def build_language(
+        self, spec: ModelSpec, *, comm: Communicator, ops: OpSet, dtype: torch.dtype, device: torch.device
+    ) -> LanguageModel:
+        """An uninitialised shard for `comm.rank` of `comm.world_size`. Its parameters are allocated, not filled."""
+
+    @abstractmethod
+    def build_vision(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> VisionModel:
+        """An uninitialised vision encoder and projector."""
+
+    @abstractmethod
+    def load_language(self, model: LanguageModel, spec: ModelSpec, source: WeightSource) -> None:
+        """Fills the shard from the checkpoint, reading only this rank's slices."""
+
+    @abstractmethod
+    def load_vision(self, model: VisionModel, spec: ModelSpec, source: WeightSource) -> None:
+        """Fills the vision encoder and projector."""
+
+    @abstractmethod
+    def image_processor(self, spec: ModelSpec, path: str | None = None) -> ImageProcessor:
+        """The checkpoint's image processor, PIL backend; `path` names another directory to read it from."""

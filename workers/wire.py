@@ -1,0 +1,147 @@
+"""msgpack codec of the contract's dataclasses, with a closed schema.
+
+A dataclass crosses as the array of its fields in order; nothing of its class is written, and a reader
+names the class it expects. Whatever does not fit the class's type hints is a `WireError`. Nothing here
+unpickles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgpack
+
+T = TypeVar("T")
+
+
+class WireError(ValueError):
+    """Bytes that are not a message of the expected class."""
+
+
+def encode(message: Any) -> bytes:
+    """Packs a dataclass of the contract."""
+    packed: bytes = msgpack.packb(_lower(message), use_bin_type=True)
+    return packed
+
+
+def decode(cls: type[T], data: bytes) -> T:
+    """Reads a message of class `cls`. Raises `WireError` on anything else."""
+    try:
+        raw = msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=True)
+    except Exception as error:
+        raise WireError(f"not a msgpack message: {type(error).__name__}") from None
+    message: T = _reader(cls)(raw)
+    return message
+
+
+def _lower(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return [_lower(getattr(value, name)) for name in _field_names(type(value))]
+    if isinstance(value, (tuple, list)):
+        # Long tuples of plain ints (prompts, block ids) need no walk.
+        return value if all(type(item) is int for item in value) else [_lower(item) for item in value]
+    return value
+
+
+@functools.cache
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+@functools.cache
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    """A function that turns an unpacked value into a value of type `hint`, or raises `WireError`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass_reader(typing.cast(type, hint))
+    if origin is tuple:
+        return _tuple_reader(args)
+    if origin is dict:
+        return _dict_reader(*args)
+    if origin in (typing.Union, types.UnionType):
+        return _optional_reader(args)
+    if hint in (int, float, str, bool, bytes):
+        return _scalar_reader(hint)
+    raise TypeError(f"the wire format has no reader for {hint!r}")
+
+
+def _scalar_reader(hint: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is hint:
+            return value
+        if hint is float and type(value) is int:
+            return float(value)
+        raise WireError(f"expected {hint.__name__}, got {type(value).__name__}")
+
+    return read
+
+
+def _tuple_reader(args: tuple[Any, ...]) -> Callable[[Any], Any]:
+    if len(args) == 2 and args[1] is Ellipsis:
+        item = _reader(args[0])
+        if args[0] is int:
+
+            def read_ints(value: Any) -> Any:
+                if type(value) is tuple and all(type(entry) is int for entry in value):
+                    return value
+                raise WireError("expected an array of integers")
+
+            return read_ints
+
+        def read_many(value: Any) -> Any:
+            _expect_array(value)
+            return tuple(item(entry) for entry in value)
+
+        return read_many
+    readers = tuple(_reader(arg) for arg in args)
+
+    def read_fixed(value: Any) -> Any:
+        _expect_array(value, len(readers))
+        return tuple(reader(entry) for reader, entry in zip(readers, value, strict=True))
+
+    return read_fixed
+
+
+def _dict_reader(key_hint: Any, value_hint: Any) -> Callable[[Any], Any]:
+    key, item = _reader(key_hint), _reader(value_hint)
+
+    def read(value: Any) -> Any:
+        if type(value) is not dict:
+            raise WireError(f"expected a map, got {type(value).__name__}")
+        return {key(k): item(v) for k, v in value.items()}
+
+    return read
+
+
+def _optional_reader(args: tuple[Any, ...]) -> Callable[[Any], Any]:
+    inner = [arg for arg in args if arg is not type(None)]
+    if len(inner) != 1 or len(args) != 2:
+        raise TypeError(f"the wire format reads a union only of one type and None, not {args!r}")
+    reader = _reader(inner[0])
+    return lambda value: None if value is None else reader(value)
+
+
+def _dataclass_reader(cls: type) -> Callable[[Any], Any]:
+    hints = typing.get_type_hints(cls)
+    readers = tuple(_reader(hints[name]) for name in _field_names(cls))
+
+    def read(value: Any) -> Any:
+        _expect_array(value, len(readers))
+        try:
+            return cls(*(reader(entry) for reader, entry in zip(readers, value, strict=True)))
+        except WireError as error:
+            raise WireError(f"{cls.__name__}: {error}") from None
+
+    return read
+
+
+def _expect_array(value: Any, length: int | None = None) -> None:
+    if type(value) is not tuple:
+        raise WireError(f"expected an array, got {type(value).__name__}")
+    if length is not None and len(value) != length:
+        raise WireError(f"expected {length} entries, got {len(value)}")
