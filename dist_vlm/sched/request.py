@@ -1,0 +1,74 @@
+"""The driver's record of one request. It never leaves the driver: ranks get the smaller `NewSequence`."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dist_vlm.workers.plan import ImageSpan, SamplingRow
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class RequestState(enum.Enum):
+    """NEW -> WAITING -> RUNNING -> FINISHED; preemption goes back to WAITING."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What the scheduler knows of a request. The first block of fields is given, the rest is the scheduler's.
+
+    max_tokens: most tokens to generate; prompt and these together fit the longest sequence allowed.
+    stop_token_ids: a generated token of this set ends the request and is its last token.
+
+    num_planned: positions computed by the plans made so far, sent or committed.
+    num_pending: tokens that plans in flight will sample.
+    num_in_flight: plans in flight that name the request.
+    stop_reason: the stop token, or the cause of an error.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    images: tuple[ImageSpan, ...] = ()
+    sampling: SamplingRow = SamplingRow()
+    stop_token_ids: frozenset[int] = frozenset()
+
+    state: RequestState = RequestState.NEW
+    output_token_ids: list[int] = field(default_factory=list)
+    slot: int | None = None
+    block_ids: list[int] = field(default_factory=list)
+    num_planned: int = 0
+    num_pending: int = 0
+    num_in_flight: int = 0
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that hold a token or will once the plans in flight have run."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending
+
+    @property
+    def num_missing(self) -> int:
+        """Positions still to be computed. A generation's last token is never computed: nothing follows it."""
+        if len(self.output_token_ids) + self.num_pending >= self.max_tokens:
+            return 0
+        return self.num_tokens - self.num_planned
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        if self.is_finished:
+            raise RuntimeError(f"request {self.request_id!r} ended twice: {self.finish_reason}, then {reason}")
+        self.state = RequestState.FINISHED
+        self.finish_reason, self.stop_reason = reason, stop_reason

@@ -1,0 +1,371 @@
+"""Continuous batching over token counts: prefill, chunks of it, and decode are one loop.
+
+A request has tokens and planned positions; a step closes the gap within a token budget. `plan` and `commit`
+alternate, or several plans are made before the first is committed: nothing here assumes a depth.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dist_vlm.sched.block_pool import BlockPool, BooksError
+from dist_vlm.sched.features import FeatureTable, overlapping
+from dist_vlm.sched.request import FinishReason, Request, RequestState
+from dist_vlm.workers.plan import NewSequence, Slice, StepPlan, StepResult
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counts since the start.
+
+    num_image_cuts: slices that ended inside an image.
+    """
+
+    num_steps: int = 0
+    num_scheduled_tokens: int = 0
+    num_preemptions: int = 0
+    num_encoded_images: int = 0
+    num_image_cuts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a commit or an abort changed for one request: new tokens, its end, or both."""
+
+    request: Request
+    new_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    request: Request
+    piece: Slice
+
+
+class _Draft:
+    """The plan being made: what is left of its budgets, and its parts so far."""
+
+    def __init__(self, token_budget: int, encode_budget: int) -> None:
+        self.token_budget = token_budget
+        self.encode_budget = encode_budget
+        self.new: list[NewSequence] = []
+        self.entries: list[_Entry] = []
+        self.encode: list[str] = []
+
+    def take(self, request: Request, piece: Slice) -> None:
+        self.token_budget -= piece.count
+        self.entries.append(_Entry(request, piece))
+
+
+class Scheduler:
+    """Owns the block table, the slots and the queues. First come, first served.
+
+    max_num_seqs: slots.
+    max_num_batched_tokens: token budget of a step; also the encoder's, in feature rows, but one image
+        larger than that is still encoded, alone.
+    """
+
+    def __init__(self, *, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.pool = pool
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.stats = SchedulerStats()
+        self.features = FeatureTable()
+        self._requests: dict[str, Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._leaving: list[Request] = []  # ended, but named by a plan in flight
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._to_release: list[int] = []
+        self._in_flight: deque[tuple[int, list[_Entry]]] = deque()
+        self._next_step_id = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans made and not yet committed."""
+        return len(self._in_flight)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._in_flight)
+
+    def add(self, request: Request) -> None:
+        """Queues a new request. Raises `ValueError` for one that could never run."""
+        if request.request_id in self._requests:
+            raise ValueError(f"request_id {request.request_id!r} is in use")
+        if not request.prompt_token_ids:
+            raise ValueError("the prompt has no tokens; at least 1 is needed")
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens = {request.max_tokens}: must be at least 1")
+        longest = len(request.prompt_token_ids) + request.max_tokens
+        capacity = self.pool.num_blocks * self.pool.block_size
+        if longest > capacity:
+            raise ValueError(f"prompt and max_tokens are {longest} tokens; the KV cache holds {capacity}")
+        request.state = RequestState.WAITING
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    # ------------------------------------------------------------------ plan
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None if nothing can be done before a commit or a new request."""
+        draft = _Draft(self.max_num_batched_tokens, self.max_num_batched_tokens)
+        num_preemptions = self.stats.num_preemptions
+        blocked = self._plan_running(draft)
+        if not blocked and self.stats.num_preemptions == num_preemptions:
+            self._plan_waiting(draft)
+        if not draft.entries:
+            return None
+        return self._seal(draft)
+
+    def _plan_running(self, draft: _Draft) -> bool:
+        """Continues running requests, oldest first; true if one must wait for a commit to get blocks."""
+        for request in list(self._running):
+            if draft.token_budget == 0:
+                break
+            if request.state is not RequestState.RUNNING:
+                continue  # preempted by an older one in this very loop
+            count = self._affordable(request, draft)
+            if count == 0:
+                continue
+            if not self._make_room(request, request.num_planned + count):
+                if request.state is RequestState.RUNNING:
+                    return True
+                continue
+            self._append_slice(request, count, draft)
+        return False
+
+    def _plan_waiting(self, draft: _Draft) -> None:
+        while self._waiting and self._free_slots and draft.token_budget > 0:
+            request = self._waiting[0]
+            count = self._affordable(request, draft)
+            # Blocks for the whole sequence must be free, so that a long prompt is not begun only to be preempted.
+            if count == 0 or self.pool.blocks_for(request.num_tokens) > self.pool.num_free:
+                return
+            self._waiting.popleft()
+            request.state = RequestState.RUNNING
+            request.slot = self._free_slots.pop()
+            self._running.append(request)
+            draft.new.append(_new_sequence(request))
+            self._append_slice(request, count, draft)
+
+    def _affordable(self, request: Request, draft: _Draft) -> int:
+        """How many positions of the request the rest of the budgets allows: cut before an image too many."""
+        start = request.num_planned
+        count = min(request.num_missing, draft.token_budget)
+        encode_budget, encoding = draft.encode_budget, set(draft.encode)
+        for span in overlapping(request.images, start, start + count):
+            if self.features.is_resident(span.image) or span.image in encoding:
+                continue
+            if span.count > encode_budget and encoding:
+                return max(0, span.start - start)
+            encode_budget -= span.count
+            encoding.add(span.image)
+        return count
+
+    def _make_room(self, request: Request, num_positions: int) -> bool:
+        """Frees blocks for the request by preempting the youngest; false if it must wait or was itself the youngest."""
+        needed = self.pool.blocks_for(num_positions) - len(request.block_ids)
+        while self.pool.num_free < needed:
+            victim = self._running[-1]
+            if victim.num_in_flight:
+                return False
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _append_slice(self, request: Request, count: int, draft: _Draft) -> None:
+        start, end = request.num_planned, request.num_planned + count
+        added = self.pool.allocate(max(0, self.pool.blocks_for(end) - len(request.block_ids)))
+        request.block_ids.extend(added)
+        for span in overlapping(request.images, start, end):
+            if self.features.need(span.image, request.request_id):
+                draft.encode.append(span.image)
+                draft.encode_budget -= span.count
+            if span.end > end:
+                self.stats.num_image_cuts += 1
+        sample = end == request.num_tokens
+        assert request.slot is not None
+        draft.take(request, Slice(request.slot, start, count, added, sample))
+        request.num_planned = end
+        request.num_in_flight += 1
+        request.num_pending += sample
+
+    def _seal(self, draft: _Draft) -> StepPlan:
+        # Decided before this plan's own needs end, so nothing it uses is dropped by it.
+        drop = self.features.take_droppable()
+        plan = StepPlan(
+            step_id=self._next_step_id,
+            new=tuple(draft.new),
+            slices=tuple(entry.piece for entry in draft.entries),
+            release=tuple(self._to_release),
+            encode=tuple(draft.encode),
+            drop_features=drop,
+        )
+        self._to_release.clear()
+        self._in_flight.append((plan.step_id, draft.entries))
+        self._next_step_id += 1
+        for entry in draft.entries:
+            self._end_needs(entry.request)
+        self.stats.num_steps += 1
+        self.stats.num_scheduled_tokens += plan.num_tokens
+        self.stats.num_encoded_images += len(plan.encode)
+        return plan
+
+    def _end_needs(self, request: Request) -> None:
+        """Gives up the images that no position still to be computed lies in."""
+        ahead = {span.image for span in request.images if span.end > request.num_planned}
+        behind = {span.image for span in request.images} - ahead
+        self.features.give_up(behind, request.request_id)
+
+    def _preempt(self, request: Request) -> None:
+        """Takes everything from a running request; it starts over, with the tokens it has, when there is room."""
+        self._running.remove(request)
+        self._free(request)
+        request.state = RequestState.WAITING
+        request.num_planned = 0
+        request.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        self._waiting.appendleft(request)
+
+    def _free(self, request: Request) -> None:
+        self.pool.release(request.block_ids)
+        request.block_ids.clear()
+        self.features.give_up((span.image for span in request.images), request.request_id)
+        if request.slot is not None:
+            self._to_release.append(request.slot)
+            self._free_slots.append(request.slot)
+            request.slot = None
+
+    # ---------------------------------------------------------------- commit
+
+    def commit(self, result: StepResult) -> list[Update]:
+        """Takes the answer to the oldest plan in flight and returns what it changed."""
+        step_id, entries = self._in_flight.popleft()
+        if result.step_id != step_id:
+            raise BooksError(f"result of step {result.step_id} while step {step_id} is the oldest in flight")
+        sampled = {item.slot: item.token_ids for item in result.sampled}
+        slot_failures = {failure.slot: failure.reason for failure in result.slot_failures}
+        image_failures = {failure.image: failure.reason for failure in result.image_failures}
+        for image in image_failures:
+            self.features.lose(image)
+        updates = []
+        for request, piece in ((entry.request, entry.piece) for entry in entries):
+            request.num_in_flight -= 1
+            request.num_pending -= piece.sample
+            if request.is_finished:
+                self._leave_if_idle(request)
+                continue
+            reason = slot_failures.get(piece.slot) or _image_failure(request, piece, image_failures)
+            if reason is not None:
+                updates.append(self._end(request, "error", reason))
+            elif piece.sample:
+                updates.append(self._accept(request, sampled[piece.slot]))
+        return updates
+
+    def _accept(self, request: Request, token_ids: Iterable[int]) -> Update:
+        """Appends sampled tokens up to the one that ends the request."""
+        accepted: list[int] = []
+        for token in token_ids:
+            accepted.append(token)
+            request.output_token_ids.append(token)
+            if token in request.stop_token_ids:
+                return self._end(request, "stop", token, tuple(accepted))
+            if len(request.output_token_ids) >= request.max_tokens:
+                return self._end(request, "length", None, tuple(accepted))
+        return Update(request, tuple(accepted))
+
+    # ------------------------------------------------------------------- end
+
+    def abort(self, request_id: str) -> Update | None:
+        """Ends a request at any moment; None if it is not here (any more)."""
+        request = self._requests.get(request_id)
+        if request is None or request.is_finished:
+            return None
+        return self._end(request, "abort")
+
+    def stop(self, request_id: str, stop_reason: int | str) -> Update | None:
+        """Ends a request whose text has met a stop condition that tokens alone do not show."""
+        request = self._requests.get(request_id)
+        if request is None or request.is_finished:
+            return None
+        return self._end(request, "stop", stop_reason)
+
+    def fail(self, request_id: str, reason: str) -> Update | None:
+        """Ends a request for a cause found outside the ranks."""
+        request = self._requests.get(request_id)
+        if request is None or request.is_finished:
+            return None
+        return self._end(request, "error", reason)
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        new_token_ids: tuple[int, ...] = (),
+    ) -> Update:
+        if request.state is RequestState.WAITING:
+            self._waiting.remove(request)
+        else:
+            self._running.remove(request)
+            self._leaving.append(request)
+        request.finish(reason, stop_reason)
+        self._leave_if_idle(request)
+        return Update(request, new_token_ids)
+
+    def _leave_if_idle(self, request: Request) -> None:
+        """Frees an ended request's blocks once no plan in flight names them."""
+        if request.num_in_flight:
+            return
+        if request in self._leaving:
+            self._leaving.remove(request)
+        self._free(request)
+        del self._requests[request.request_id]
+
+    # ----------------------------------------------------------------- books
+
+    def check(self) -> None:
+        """Proves the books; raises `BooksError`. Cheap enough to run whenever the engine is idle."""
+        holders = [*self._running, *self._leaving]
+        self.pool.check(request.block_ids for request in holders)
+        for request in self._running:
+            if len(request.block_ids) != self.pool.blocks_for(request.num_planned):
+                raise BooksError(f"{request.request_id}: {len(request.block_ids)} blocks for {request.num_planned} tokens")
+        slots = [request.slot for request in holders] + list(self._free_slots)
+        if None in slots or len(set(slots)) != len(slots):
+            raise BooksError(f"slots are not held once each: {slots}")
+        known = {id(request) for request in (*self._waiting, *holders)}
+        if known != {id(request) for request in self._requests.values()}:
+            raise BooksError("a request is in no queue, or in a queue and forgotten")
+        if not self.has_work and (self.pool.num_held or self._leaving):
+            raise BooksError(f"idle with {self.pool.num_held} blocks held")
+
+
+def _new_sequence(request: Request) -> NewSequence:
+    assert request.slot is not None
+    return NewSequence(
+        slot=request.slot,
+        token_ids=(*request.prompt_token_ids, *request.output_token_ids),
+        num_prompt_tokens=len(request.prompt_token_ids),
+        images=request.images,
+        sampling=request.sampling,
+    )
+
+
+def _image_failure(request: Request, piece: Slice, failures: dict[str, str]) -> str | None:
+    """The cause if a slice needed an image that failed."""
+    for span in overlapping(request.images, piece.start, piece.start + piece.count):
+        if span.image in failures:
+            return failures[span.image]
+    return None
