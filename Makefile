@@ -1,0 +1,43 @@
+# `make demo` and `make test` need Linux and a Python >= 3.11 with pip and venv; everything else goes into .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+CPU_TORCH := torch==2.13.0
+PACKAGES := dist_vlm
+
+# The first Python that runs (a shim may exist and not), is new enough, and can make a virtual environment.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.run-installed
+	@$(BIN)/python examples/demo/run.py
+
+test: $(VENV)/.dev-installed
+	@$(BIN)/pytest
+
+check: $(VENV)/.dev-installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy $(PACKAGES)
+	scripts/check_packages.sh $(BIN)/python
+
+format: $(VENV)/.dev-installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.run-installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with pip and venv found (python3.12, python3.11, python3)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# Without a GPU, torch comes first and in this exact version: no CUDA packages follow.
+	ls /dev/nvidia[0-9]* >/dev/null 2>&1 || nvidia-smi -L >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "$(CPU_TORCH)"
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.run-installed
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
