@@ -30,6 +30,7 @@ class Request:
     num_planned: positions computed by the plans made so far, sent or committed.
     num_pending: tokens that plans in flight will sample.
     num_in_flight: plans in flight that name the request.
+    first_scheduled_time: `time.time()` of the first plan that names the request.
     stop_reason: the stop token, or the cause of an error.
     """
 
@@ -48,6 +49,7 @@ class Request:
     num_pending: int = 0
     num_in_flight: int = 0
     num_preemptions: int = 0
+    first_scheduled_time: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 

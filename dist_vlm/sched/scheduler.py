@@ -6,6 +6,7 @@ alternate, or several plans are made before the first is committed: nothing here
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ class Scheduler:
             self._waiting.popleft()
             request.state = RequestState.RUNNING
             request.slot = self._free_slots.pop()
+            request.first_scheduled_time = request.first_scheduled_time or time.time()
             self._running.append(request)
             draft.new.append(_new_sequence(request))
             self._append_slice(request, count, draft)

@@ -1,0 +1,155 @@
+"""The step loop: requests in, plans out to the ranks, tokens back."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from dist_vlm.engine.messages import EngineOutput, EngineRequest
+from dist_vlm.engine.staging import StagingArea
+from dist_vlm.executor.base import Executor, ExecutorInfo
+from dist_vlm.sched.block_pool import BlockPool, BooksError
+from dist_vlm.sched.request import Request
+from dist_vlm.sched.scheduler import Scheduler, SchedulerStats, Update
+
+_log = logging.getLogger(__name__)
+
+# How long the loop sleeps when all there is to do is wait for images to reach the ranks.
+_STAGING_POLL_S = 0.0005
+
+
+class EngineCore:
+    """Owns the scheduler and drives the executor. Not safe for use from several threads.
+
+    depth: plans in flight at most.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        block_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        depth: int = 1,
+    ) -> None:
+        self._executor = executor
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._depth = depth
+        self._staging = StagingArea(executor)
+        self._images: dict[str, tuple[str, ...]] = {}
+        self._last_submitted = -1
+        self._last_collected = -1
+        self.num_finished = 0
+
+    def start(self) -> ExecutorInfo:
+        """Starts the ranks. Raises `StartError`, or `ValueError` if the longest sequence does not fit the KV cache."""
+        info = self._executor.start()
+        capacity = info.num_blocks * self._block_size
+        if capacity < self._max_model_len:
+            self._executor.shutdown()
+            raise ValueError(
+                f"the KV cache holds {capacity} tokens ({info.num_blocks} blocks of {self._block_size}), fewer than "
+                f"max_model_len = {self._max_model_len}: raise kv_cache_memory_gib or gpu_memory_utilization, or lower "
+                f"max_model_len to at most {capacity}"
+            )
+        self.scheduler = Scheduler(
+            pool=BlockPool(info.num_blocks, self._block_size),
+            max_num_seqs=self._max_num_seqs,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+        )
+        return info
+
+    @property
+    def stats(self) -> SchedulerStats:
+        return self.scheduler.stats
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self._staging.num_waiting > 0
+
+    def add(self, request: EngineRequest) -> None:
+        """Accepts a request; from here on it ends exactly once, in an `EngineOutput` with a finish reason."""
+        if request.request_id in self._images:
+            raise ValueError(f"request_id {request.request_id!r} is in use")
+        self._images[request.request_id] = tuple(image.span.image for image in request.images)
+        if self._staging.add(request):
+            self.scheduler.add(_record(request))
+
+    def abort(self, request_id: str) -> list[EngineOutput]:
+        """Ends a request at any moment; nothing if it has ended already."""
+        if self._staging.withdraw(request_id):
+            return [self._ended(EngineOutput(request_id, finish_reason="abort"))]
+        update = self.scheduler.abort(request_id)
+        return [self._output(update)] if update is not None else []
+
+    def step(self) -> list[EngineOutput]:
+        """Plans and submits what there is room for, then takes one result. Raises `ExecutorError` if ranks are lost."""
+        outputs = self._admit_staged()
+        while self.scheduler.num_in_flight < self._depth:
+            plan = self.scheduler.plan()
+            if plan is None:
+                break
+            self._executor.submit(plan)
+            self._last_submitted = plan.step_id
+        if self.scheduler.num_in_flight:
+            result = self._executor.collect()
+            outputs.extend(self._output(update) for update in self.scheduler.commit(result))
+            self._last_collected = result.step_id
+        elif self._staging.num_waiting:
+            time.sleep(_STAGING_POLL_S)
+        elif self.scheduler.has_work:
+            raise BooksError(f"{self.scheduler.num_waiting} requests wait, none runs, and none can be scheduled")
+        self._staging.collected(self._last_collected)
+        if not self.has_work:
+            self.scheduler.check()
+        return outputs
+
+    def shutdown(self) -> None:
+        self._executor.shutdown()
+
+    def _admit_staged(self) -> list[EngineOutput]:
+        if not self._staging.num_waiting:
+            return []
+        ready, failed = self._staging.poll()
+        for request in ready:
+            self.scheduler.add(_record(request))
+        outputs = []
+        for request, cause in failed:
+            _log.error("request %s: an image did not reach the ranks: %s", request.request_id, cause)
+            output = EngineOutput(request.request_id, finish_reason="error", stop_reason="an image could not be staged")
+            outputs.append(self._ended(output))
+        return outputs
+
+    def _output(self, update: Update) -> EngineOutput:
+        request = update.request
+        output = EngineOutput(
+            request_id=request.request_id,
+            new_token_ids=update.new_token_ids,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            first_scheduled_time=request.first_scheduled_time,
+            num_preemptions=request.num_preemptions,
+        )
+        return self._ended(output) if request.is_finished else output
+
+    def _ended(self, output: EngineOutput) -> EngineOutput:
+        keys = self._images.pop(output.request_id)
+        self._staging.end(output.request_id, keys, self._last_submitted)
+        self.num_finished += 1
+        return output
+
+
+def _record(request: EngineRequest) -> Request:
+    return Request(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        max_tokens=request.max_tokens,
+        images=tuple(image.span for image in request.images),
+        sampling=request.sampling,
+        stop_token_ids=request.stop_token_ids,
+    )

@@ -1,0 +1,44 @@
+"""Text from tokens as they come, never half a character."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tokenizers.decoders import DecodeStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# The end of the prompt decides whether the answer's first token carries a leading space.
+_CONTEXT_TOKENS = 6
+
+
+class Detokenizer:
+    """One answer's text. Bytes that do not make a character yet are held back until they do or the answer ends."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool
+    ) -> None:
+        self._tokenizer = tokenizer._tokenizer
+        self._context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
+        self._skip = skip_special_tokens
+        self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
+        self._token_ids: list[int] = []
+        self.text = ""
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """Takes the answer's next tokens."""
+        for token in token_ids:
+            self._token_ids.append(token)
+            piece = self._stream.step(self._tokenizer, token)
+            if piece is not None:
+                self.text += piece
+
+    def finish(self) -> None:
+        """Adds what was held back: an unfinished character becomes U+FFFD, as in decoding the whole."""
+        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
+        whole = self._tokenizer.decode(self._context + self._token_ids, skip_special_tokens=self._skip)
+        # What was streamed stands, even where decoding the whole would have spelt it otherwise.
+        if whole.startswith(before + self.text):
+            self.text = whole[len(before) :]

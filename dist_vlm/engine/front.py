@@ -1,0 +1,53 @@
+"""What the front needs of a checkpoint: its facts, tokenizer and processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dist_vlm.config import EngineConfig
+from dist_vlm.engine.images import ImagePreparer
+from dist_vlm.engine.processor import Processor
+from dist_vlm.workers.models import ModelSpec, get_family, read_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    spec: ModelSpec
+    tokenizer: PreTrainedTokenizerFast
+    processor: Processor
+
+
+def load_front(config: EngineConfig) -> Front:
+    """Loads the tokenizer and the image processor of a resolved configuration. Raises `ValueError` naming the
+    directory if one is missing or unreadable."""
+    spec = read_spec(config.model.model)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.model)
+    image_processor = None
+    if spec.image_token_id is not None and not config.vision.disable_image_processor:
+        image_processor = get_family(spec.family).image_processor(spec, config.vision.image_processor)
+    assert config.model.max_model_len is not None, "resolve() decides it"
+    processor = Processor(
+        tokenizer=tokenizer,
+        spec=spec,
+        images=ImagePreparer(spec=spec, vision=config.vision, processor=image_processor),
+        max_model_len=config.model.max_model_len,
+        seed=config.model.seed,
+    )
+    return Front(spec, tokenizer, processor)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The checkpoint's tokenizer, from local files alone."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"tokenizer = {path!r}: cannot be loaded ({type(error).__name__}: {error})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer = {path!r}: a {type(tokenizer).__name__}; must be a fast tokenizer")
+    return tokenizer

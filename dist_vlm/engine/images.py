@@ -1,0 +1,132 @@
+"""A request's images: each checked, preprocessed, and named by its content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from dist_vlm.executor.base import StageKind
+from dist_vlm.media import content_key, to_rgb
+from dist_vlm.multimodal.image import ImageFeatureData, ImagePixelData
+
+if TYPE_CHECKING:
+    from dist_vlm.config import VisionConfig
+    from dist_vlm.workers.models import ModelSpec
+    from dist_vlm.workers.models.family import ImageProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """An image ready to be staged: see `EngineImage`."""
+
+    key: str
+    kind: StageKind
+    array: np.ndarray
+
+
+class ImagePreparer:
+    """Turns what a caller gave as images into arrays of the model's shapes.
+
+    processor: None if only tensors are accepted.
+    """
+
+    def __init__(self, *, spec: ModelSpec, vision: VisionConfig, processor: ImageProcessor | None) -> None:
+        self._spec = spec
+        self._vision = vision
+        self._processor = processor
+
+    def listed(self, data: Any) -> list[Any]:
+        """A prompt's `multi_modal_data` as a list, its number checked. Raises `ValueError`."""
+        images = _as_list(data)
+        if images and self._spec.image_token_id is None:
+            raise ValueError("multi_modal_data: this model takes no images")
+        limit = self._vision.max_images_per_prompt
+        if len(images) > limit:
+            raise ValueError(f"multi_modal_data has {len(images)} images; at most {limit} are allowed")
+        return images
+
+    def prepare(self, images: Sequence[Any]) -> list[PreparedImage]:
+        """All images of one prompt, in order. Raises `ValueError` naming what is wrong with which."""
+        return [self._prepare_one(image, f"image {index}") for index, image in enumerate(images)]
+
+    def _prepare_one(self, image: Any, name: str) -> PreparedImage:
+        if isinstance(image, ImageFeatureData):
+            return self._features(image.image_features, name)
+        if isinstance(image, ImagePixelData):
+            image = image.image
+        if isinstance(image, Image.Image):
+            return self._picture(image, name)
+        if _is_tensor(image):
+            return self._pixels(image, name)
+        raise ValueError(
+            f"{name} of type {type(image).__name__}: must be a PIL picture, an ImagePixelData or an ImageFeatureData"
+        )
+
+    def _picture(self, picture: Image.Image, name: str) -> PreparedImage:
+        self._accept("pixel_values", name)
+        if self._processor is None:
+            raise ValueError(f"{name} is a picture, but disable_image_processor is set: pass preprocessed pixel values")
+        rgb = to_rgb(picture, max_pixels=self._vision.max_image_pixels, name=name)
+        array = self._processor.preprocess(rgb)
+        return PreparedImage(content_key(rgb, settings=self._processor.digest), "pixel_values", array)
+
+    def _pixels(self, tensor: Any, name: str) -> PreparedImage:
+        self._accept("pixel_values", name)
+        array = _to_array(tensor, self._spec.image_input_shape, f"{name}: pixel values")
+        return PreparedImage(content_key(array, settings="pixel_values"), "pixel_values", array)
+
+    def _features(self, tensor: Any, name: str) -> PreparedImage:
+        self._accept("image_features", name)
+        if not _is_tensor(tensor):
+            raise ValueError(f"{name}: image_features of type {type(tensor).__name__}: must be a tensor")
+        shape = (1, self._spec.image_feature_size, self._spec.image_feature_width)
+        array = _to_array(tensor, shape, f"{name}: image_features")
+        return PreparedImage(content_key(array, settings="image_features"), "image_features", array)
+
+    def _accept(self, kind: StageKind, name: str) -> None:
+        only = self._vision.image_input_type
+        if only is not None and kind != only:
+            raise ValueError(f"{name} enters as {kind}, but image_input_type = {only!r} allows no other than that")
+
+
+def _as_list(data: Any) -> list[Any]:
+    if data is None:
+        return []
+    if isinstance(data, (ImagePixelData, ImageFeatureData)):
+        return [data]
+    if not isinstance(data, Mapping):
+        raise ValueError(
+            f"multi_modal_data of type {type(data).__name__}: must be an ImagePixelData, an ImageFeatureData, or a "
+            "mapping like {'image': picture}"
+        )
+    unknown = [key for key in data if key != "image"]
+    if unknown:
+        raise ValueError(f"multi_modal_data has the key {unknown[0]!r}: only 'image' is served")
+    images = data.get("image")
+    if images is None:
+        return []
+    return list(images) if isinstance(images, Sequence) else [images]
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch  # a caller that has a tensor has imported it already; one that has not pays nothing at start
+
+    return isinstance(value, torch.Tensor)
+
+
+def _to_array(tensor: Any, shape: Sequence[int | None] | None, name: str) -> np.ndarray:
+    """A float32 copy of exactly `shape`; the first axis, of size 1, may be missing."""
+    assert shape is not None
+    expected, actual = tuple(shape), tuple(tensor.shape)
+    if actual not in (expected, expected[1:]):
+        raise ValueError(f"{name} have shape {actual}; must be {expected} or {expected[1:]}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} have dtype {tensor.dtype}; must be a floating-point type")
+    array: np.ndarray = tensor.detach().float().cpu().numpy().reshape(expected).copy()
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} hold NaN or infinity; must be finite")
+    return array

@@ -1,0 +1,55 @@
+"""What the front (API, command line) and the engine core say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dist_vlm.executor.base import StageKind
+from dist_vlm.sched.request import FinishReason
+from dist_vlm.workers.plan import ImageSpan, SamplingRow
+
+
+@dataclass(frozen=True, slots=True)
+class EngineImage:
+    """An image of a request: where it lies, and what is to be encoded.
+
+    array: float32 pixel values [1, channels, height, width] or vision-tower output [1, rows, width].
+    """
+
+    span: ImageSpan
+    kind: StageKind
+    array: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request in the engine's terms, fully checked.
+
+    max_tokens: bounded by the longest sequence. stop_token_ids: the end-of-sequence tokens included, unless
+        they are to be ignored.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    images: tuple[EngineImage, ...]
+    sampling: SamplingRow
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutput:
+    """News of one request: new tokens, its end, or both.
+
+    stop_reason: the token that stopped it, or the cause of an error.
+    first_scheduled_time: `time.time()` of the first plan that named it.
+    """
+
+    request_id: str
+    new_token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    first_scheduled_time: float | None = None
+    num_preemptions: int = 0

@@ -1,0 +1,85 @@
+"""Which images the ranks hold for which requests, from a request's arrival to its end."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from dist_vlm.engine.messages import EngineRequest
+from dist_vlm.executor.base import Executor
+
+
+class StagingArea:
+    """Stages each image once, however many requests share it, and tells when a request's images have all arrived.
+
+    An image stays staged until its last request has ended: a preempted request encodes again.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._users: dict[str, set[str]] = {}
+        self._arrived: set[str] = set()
+        self._waiting: dict[str, tuple[EngineRequest, set[str]]] = {}
+        self._unstage_after: deque[tuple[int, str]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests whose images are still on their way."""
+        return len(self._waiting)
+
+    @property
+    def num_staged(self) -> int:
+        return len(self._users)
+
+    def add(self, request: EngineRequest) -> bool:
+        """Begins to stage a request's images; true if they have all arrived already."""
+        missing = set()
+        for image in request.images:
+            key = image.span.image
+            if key not in self._users:
+                self._users[key] = set()
+                self._executor.stage(key, image.kind, image.array)
+            self._users[key].add(request.request_id)
+            if key not in self._arrived:
+                missing.add(key)
+        if missing:
+            self._waiting[request.request_id] = (request, missing)
+        return not missing
+
+    def poll(self) -> tuple[list[EngineRequest], list[tuple[EngineRequest, str]]]:
+        """Requests that may run now, and requests that cannot, with the cause. Does not block."""
+        ready, failed = [], []
+        for staged in self._executor.poll_staged():
+            if staged.error is None:
+                self._arrived.add(staged.key)
+            for request_id, (request, missing) in list(self._waiting.items()):
+                if staged.key not in missing:
+                    continue
+                missing.discard(staged.key)
+                if staged.error is not None:
+                    del self._waiting[request_id]
+                    failed.append((request, staged.error))
+                elif not missing:
+                    del self._waiting[request_id]
+                    ready.append(request)
+        return ready, failed
+
+    def withdraw(self, request_id: str) -> bool:
+        """Takes a request out of the queue for its images; false if it is not in it."""
+        return self._waiting.pop(request_id, None) is not None
+
+    def end(self, request_id: str, keys: Iterable[str], last_step_id: int) -> None:
+        """A request has ended: its images may go, once step `last_step_id` (-1: none) has been collected."""
+        for key in set(keys):
+            self._users[key].discard(request_id)
+            if not self._users[key]:
+                self._unstage_after.append((last_step_id, key))
+
+    def collected(self, step_id: int) -> None:
+        """Unstages what no request wants and no plan in flight may name: all steps up to `step_id` are collected."""
+        while self._unstage_after and self._unstage_after[0][0] <= step_id:
+            _, key = self._unstage_after.popleft()
+            if key in self._users and not self._users[key]:
+                del self._users[key]
+                self._arrived.discard(key)
+                self._executor.unstage(key)
