@@ -12,13 +12,40 @@ from dist_vlm.version import __version__
 
 if TYPE_CHECKING:
     from dist_vlm.config import ConfigError, EngineConfig
+    from dist_vlm.inputs import PromptStrictInputs, TextPrompt, TokensPrompt
+    from dist_vlm.llm import LLM
+    from dist_vlm.multimodal.image import ImageFeatureData, ImagePixelData
+    from dist_vlm.outputs import CompletionOutput, RequestOutput
+    from dist_vlm.sampling import SamplingParams
 
 _HOMES = {
+    "CompletionOutput": "dist_vlm.outputs",
     "ConfigError": "dist_vlm.config",
     "EngineConfig": "dist_vlm.config",
+    "ImageFeatureData": "dist_vlm.multimodal.image",
+    "ImagePixelData": "dist_vlm.multimodal.image",
+    "LLM": "dist_vlm.llm",
+    "PromptStrictInputs": "dist_vlm.inputs",
+    "RequestOutput": "dist_vlm.outputs",
+    "SamplingParams": "dist_vlm.sampling",
+    "TextPrompt": "dist_vlm.inputs",
+    "TokensPrompt": "dist_vlm.inputs",
 }
 
-__all__ = ["ConfigError", "EngineConfig", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineConfig",
+    "ImageFeatureData",
+    "ImagePixelData",
+    "PromptStrictInputs",
+    "RequestOutput",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -180,8 +180,9 @@ def dump_yaml(config: EngineConfig, sources: Mapping[str, str] | None = None) ->
         for name in rules_of(kind):
             value = getattr(getattr(config, section), name)
             plain = list(value) if isinstance(value, tuple) else value
-            text = yaml.safe_dump({name: plain}, default_flow_style=None, width=1 << 20, allow_unicode=True)
-            lines.append(f"  {text.rstrip()}" + (f"  # {sources[name]}" if sources is not None else ""))
+            braced = yaml.safe_dump({name: plain}, default_flow_style=True, width=1 << 20, allow_unicode=True)
+            comment = f"  # {sources[name]}" if sources is not None else ""
+            lines.append(f"  {braced.strip()[1:-1]}{comment}")
     return "\n".join(lines) + "\n"
 
 

@@ -40,7 +40,7 @@ try_out() { # NAME WHAT-TO-INSTALL...: installs and uses it from a directory tha
     (cd "$scratch/empty" && "$bin" "$root/scripts/try_installed.py" "$name" "$scratch/checkpoint")
 }
 
-"$python" "$root/benchmarks/peers/make_llava.py" --preset tiny --config-only --corpus-mb 0.1 --out "$scratch/checkpoint" >/dev/null
+"$python" "$root"/benchmarks/peers/make_*.py --preset tiny --config-only --corpus-mb 0.1 --out "$scratch/checkpoint" >/dev/null
 
 "$python" -m build --quiet --outdir "$scratch/dist" --wheel "$tree"
 "$python" -m build --quiet --outdir "$scratch/dist" --sdist "$tree"

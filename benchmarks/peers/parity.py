@@ -72,15 +72,10 @@ def gaps(path, A, B, div):
         inp["attention_mask"] = torch.ones_like(inp["input_ids"])
         with torch.inference_mode():
             logits = model(**inp, logits_to_keep=1).logits[0, -1]
-        res.append(
-            {
-                "request": i,
-                "at": k,
-                "gap": round(abs(float(logits[x[k]] - logits[y[k]])), 4),
-                "ranks": [int((logits > logits[t]).sum()) for t in (x[k], y[k])],
-                "logit_std": round(float(logits[3:32000].std()), 3),
-            }
-        )
+        ranks = [int((logits > logits[token]).sum()) for token in (x[k], y[k])]
+        gap = abs(float(logits[x[k]] - logits[y[k]]))
+        spread = float(logits[3:32000].std())
+        res.append({"request": i, "at": k, "gap": round(gap, 4), "ranks": ranks, "logit_std": round(spread, 3)})
     return res
 
 

@@ -1,0 +1,50 @@
+"""Shared by all tests: random checkpoints, and the skips of tests that need GPUs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAKE_LLAVA = ROOT / "benchmarks" / "peers" / "make_llava.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips `gpu` tests without a GPU that torch can use, and `multi_gpu` tests with fewer than two."""
+    marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("multi_gpu")]
+    if not marked:
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    for item in marked:
+        needed = 2 if item.get_closest_marker("multi_gpu") else 1
+        if found < needed:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} NVIDIA GPU(s), torch sees {found}"))
+
+
+def make_checkpoint(out: Path, *arguments: str) -> Path:
+    command = [sys.executable, str(MAKE_LLAVA), "--out", str(out), "--corpus-mb", "0.3", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=110)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random float32 checkpoint: hidden 128, 2 layers, 4 heads, 2 KV heads, 16 tokens an image. Read only."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", "--preset", "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint without weights, for tests that only read its JSON files. Read only."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-facts", "--preset", "tiny", "--config-only")
+
+
+@pytest.fixture(scope="session")
+def facts_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the 7b size without weights. Read only."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "7b-facts", "--preset", "7b", "--config-only")
