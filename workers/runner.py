@@ -101,7 +101,7 @@ class Runner:
         began, collectives = time.perf_counter_ns(), self.comm.count.total
         self._apply(plan)
         image_failures = self.features.encode(plan.encode, self.images)
-        slices = self._computable(plan.slices, {failure.image for failure in image_failures})
+        slices = [piece for piece in plan.slices if self._is_computable(piece)]
         sampled = self._compute(slices) if slices else ()
         return StepResult(
             step_id=plan.step_id,
@@ -125,16 +125,18 @@ class Runner:
         for piece in plan.slices:
             self.slots.append_blocks(piece)
 
-    def _computable(self, slices: Sequence[Slice], failed_images: set[str]) -> list[Slice]:
-        """The slices that need no failed image."""
-
-        def needs_failed(piece: Slice) -> bool:
-            return any(
-                span.image in failed_images and span.start < piece.start + piece.count and span.end > piece.start
-                for span in self.slots.sequence(piece.slot).images
+    def _is_computable(self, piece: Slice) -> bool:
+        """Whether the images under a slice have features. A slot that once lacked one stays idle until it is
+        released: the driver may have sent more of it before it learnt of the failure."""
+        sequence = self.slots.sequence(piece.slot)
+        if not sequence.failed:
+            end = piece.start + piece.count
+            sequence.failed = any(
+                span.image not in self.features.features
+                for span in sequence.images
+                if span.start < end and span.end > piece.start
             )
-
-        return [piece for piece in slices if not needs_failed(piece)] if failed_images else list(slices)
+        return not sequence.failed
 
     def _compute(self, slices: Sequence[Slice]) -> tuple[SampledTokens, ...]:
         batch = pack(slices, slots=self.slots, features=self.features.features, empty_features=self._no_features)

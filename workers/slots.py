@@ -10,13 +10,17 @@ import torch
 from dist_vlm.workers.plan import ImageSpan, NewSequence, SamplingRow, Slice
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sequence:
-    """The part of `NewSequence` that does not change while the sequence runs."""
+    """The part of `NewSequence` that stays on the host.
+
+    failed: an image the sequence needed could not be encoded; nothing more of it is computed.
+    """
 
     num_prompt_tokens: int
     images: tuple[ImageSpan, ...]
     sampling: SamplingRow
+    failed: bool = False
 
 
 class SlotTable:

@@ -258,21 +258,29 @@ class Scheduler:
             raise BooksError(f"result of step {result.step_id} while step {step_id} is the oldest in flight")
         sampled = {item.slot: item.token_ids for item in result.sampled}
         slot_failures = {failure.slot: failure.reason for failure in result.slot_failures}
-        image_failures = {failure.image: failure.reason for failure in result.image_failures}
-        for image in image_failures:
-            self.features.lose(image)
-        updates = []
+        updates = self._fail_images({failure.image: failure.reason for failure in result.image_failures}, entries)
         for request, piece in ((entry.request, entry.piece) for entry in entries):
             request.num_in_flight -= 1
             request.num_pending -= piece.sample
             if request.is_finished:
                 self._leave_if_idle(request)
-                continue
-            reason = slot_failures.get(piece.slot) or _image_failure(request, piece, image_failures)
-            if reason is not None:
-                updates.append(self._end(request, "error", reason))
+            elif piece.slot in slot_failures:
+                updates.append(self._end(request, "error", slot_failures[piece.slot]))
             elif piece.sample:
                 updates.append(self._accept(request, sampled[piece.slot]))
+        return updates
+
+    def _fail_images(self, failures: dict[str, str], entries: list[_Entry]) -> list[Update]:
+        """Ends the requests that needed an image which failed, in this step or in plans already sent after it."""
+        updates = []
+        for image in failures:
+            self.features.lose(image)
+        if failures:
+            later = [entry for _, sent in self._in_flight for entry in sent]
+            for entry in (*entries, *later):
+                reason = _image_failure(entry.request, entry.piece, failures)
+                if reason is not None and not entry.request.is_finished:
+                    updates.append(self._end(entry.request, "error", reason))
         return updates
 
     def _accept(self, request: Request, token_ids: Iterable[int]) -> Update:
