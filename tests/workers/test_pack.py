@@ -1,0 +1,60 @@
+import torch
+
+from dist_vlm.workers.pack import pack
+from dist_vlm.workers.plan import ImageSpan, NewSequence, SamplingRow, Slice
+from dist_vlm.workers.slots import SlotTable
+
+
+def filled():
+    """Slot 0: 10 prompt tokens with image x at 2..5; slot 2: 4 tokens, one of them generated."""
+    slots = SlotTable(num_slots=3, max_model_len=16, block_size=4, device=torch.device("cpu"))
+    slots.take(NewSequence(0, tuple(range(100, 110)), 10, (ImageSpan("x", 2, 4),), SamplingRow()))
+    slots.take(NewSequence(2, (7, 8, 9, 6), 3, (), SamplingRow()))
+    return slots
+
+
+def packed(slots, slices, features):
+    for piece in slices:
+        slots.append_blocks(piece)
+    return pack(slices, slots=slots, features=features, empty_features=torch.empty(0, 3))
+
+
+def test_a_mixed_batch_by_hand():
+    slots = filled()
+    features = {"x": torch.arange(12.0).reshape(4, 3)}
+    slices = [Slice(0, 0, 5, (6, 3), False), Slice(2, 0, 4, (1,), True)]
+    batch = packed(slots, slices, features)
+    assert batch.token_ids.tolist() == [100, 101, 102, 103, 104, 7, 8, 9, 6]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    # The prompt's length, and for a generated token its position + 1.
+    assert batch.rotary_lengths.tolist() == [10, 10, 10, 10, 10, 3, 3, 3, 4]
+    assert batch.slot_mapping.tolist() == [24, 25, 26, 27, 12, 4, 5, 6, 7]
+    assert batch.query_starts.tolist() == [0, 5, 9]
+    assert batch.context_lens.tolist() == [5, 4]
+    assert batch.block_tables.tolist() == [[6, 3], [1, 0]]
+    assert batch.logits_rows.tolist() == [8]
+    assert (batch.max_query_len, batch.max_context_len) == (5, 5)
+    # Rows 2..4 hold the image's first three rows; its last comes with the next chunk.
+    assert batch.image_rows.tolist() == [2, 3, 4]
+    assert torch.equal(batch.image_features, features["x"][:3])
+
+
+def test_the_rest_of_an_image_comes_with_the_next_chunk():
+    slots = filled()
+    features = {"x": torch.arange(12.0).reshape(4, 3)}
+    packed(slots, [Slice(0, 0, 5, (6, 3), False)], features)
+    batch = packed(slots, [Slice(0, 5, 5, (5,), True)], features)
+    assert batch.image_rows.tolist() == [0]
+    assert torch.equal(batch.image_features, features["x"][3:])
+    assert batch.slot_mapping.tolist() == [13, 14, 15, 20, 21]
+    assert batch.logits_rows.tolist() == [4]
+
+
+def test_a_decode_step_reads_the_token_the_rank_sampled():
+    slots = filled()
+    packed(slots, [Slice(2, 0, 4, (1,), True)], {})
+    slots.write_sampled(torch.tensor([2]), torch.tensor([4]), torch.tensor([55]))
+    batch = packed(slots, [Slice(2, 4, 1, (2,), True)], {})
+    assert batch.token_ids.tolist() == [55]
+    assert batch.context_lens.tolist() == [5]
+    assert batch.image_features.shape == (0, 3)
