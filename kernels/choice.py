@@ -5,25 +5,65 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_vlm.kernels import paged_attention, reduce_add_norm, rotary, silu_mul, write_kv
 
-Op = Callable[..., Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class OpSet:
-    """One implementation of each op; the op's module documents its arguments."""
+    """One implementation of each op; the op's module documents its arguments.
 
+    plan_attention: computes, once a forward, what `paged_attention` needs of the batch in every layer.
+    workspace_bytes: most that an op of a forward allocates beside its results.
+    """
+
+    plan_attention: Callable[..., Any]
     paged_attention: Callable[..., Tensor]
     write_kv: Callable[..., None]
     apply_rotary: Callable[..., tuple[Tensor, Tensor]]
     silu_mul: Callable[..., Tensor]
     reduce_add_norm: Callable[..., tuple[Tensor, Tensor]]
+    workspace_bytes: int
 
     @property
     def names(self) -> dict[str, str]:
         """Op -> the function that implements it, for the log."""
-        return {field.name: getattr(self, field.name).__name__ for field in dataclasses.fields(self)}
+        ops = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: op.__name__ for name, op in ops.items() if callable(op)}
+
+
+IMPLEMENTATIONS = {
+    "reference": OpSet(
+        plan_attention=paged_attention.plan_attention_reference,
+        paged_attention=paged_attention.paged_attention_reference,
+        write_kv=write_kv.write_kv_reference,
+        apply_rotary=rotary.apply_rotary_reference,
+        silu_mul=silu_mul.silu_mul_reference,
+        reduce_add_norm=reduce_add_norm.reduce_add_norm_reference,
+        workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
+    ),
+    "torch": OpSet(
+        plan_attention=paged_attention.plan_attention_torch,
+        paged_attention=paged_attention.paged_attention_torch,
+        write_kv=write_kv.write_kv_torch,
+        apply_rotary=rotary.apply_rotary_torch,
+        silu_mul=silu_mul.silu_mul_torch,
+        reduce_add_norm=reduce_add_norm.reduce_add_norm_torch,
+        workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
+    ),
+}
+DEVICES = ("cpu", "cuda")
+
+
+def choose(name: str, device: torch.device | str) -> OpSet:
+    """The ops a rank runs on a CPU or a GPU ("cuda"); `ValueError` for a name or device that has none."""
+    kind = torch.device(device).type
+    if kind not in DEVICES:
+        raise ValueError(f"device is {kind!r}, must be one of {', '.join(DEVICES)}")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"kernels is {name!r}, must be one of {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[name]

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
+    from dist_vlm.kernels.choice import OpSet
     from dist_vlm.workers.batch import Batch
     from dist_vlm.workers.comm import Communicator
     from dist_vlm.workers.kv_cache import KVCache
     from dist_vlm.workers.weights import WeightSource
-    from dist_vlm.kernels.choice import OpSet
 
 
 class LanguageModel(ABC):

@@ -1,0 +1,152 @@
+"""The Llama language model of a LLaVA checkpoint, one rank's shard of it.
+
+The forward reads as on one device: where a product is split over the ranks, a layer returns its partial sum, and
+`reduce_add_norm` is the only place that adds the ranks up. A forward makes 2 * num_layers + 1 all-reduces, and one
+all-gather where logits are asked for.
+Touvron et al., "LLaMA", 2023; Liu et al., "Visual Instruction Tuning", 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dist_vlm.kernels.choice import OpSet
+from dist_vlm.workers.batch import Batch
+from dist_vlm.workers.comm import Communicator
+from dist_vlm.workers.kv_cache import KVCache
+from dist_vlm.workers.layers import (
+    ColumnParallelLinear,
+    NormWeight,
+    ParallelHead,
+    Placement,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    even_section,
+    kv_head_section,
+    vocab_section,
+)
+from dist_vlm.workers.models.family import LanguageModel
+from dist_vlm.workers.models.llava.config import TextFacts
+from dist_vlm.workers.rotary import RotaryFrequencies
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP of one layer; the projections out of both return partial sums."""
+
+    def __init__(self, facts: TextFacts, place: Placement) -> None:
+        super().__init__()
+        hidden, head_dim, comm = facts.hidden_size, facts.head_dim, place.comm
+        heads = even_section("num_attention_heads", facts.num_heads * head_dim, comm=comm, unit=head_dim)
+        kv_heads = kv_head_section(facts.num_kv_heads, head_dim, comm=comm)
+        middle = even_section("intermediate_size", facts.intermediate_size, comm=comm)
+        self.input_norm = NormWeight(hidden, place=place)
+        self.qkv = ColumnParallelLinear(hidden, (heads, kv_heads, kv_heads), bias=facts.attention_bias, place=place)
+        self.attention_out = RowParallelLinear(heads, hidden, bias=facts.attention_bias, place=place)
+        self.post_attention_norm = NormWeight(hidden, place=place)
+        self.gate_up = ColumnParallelLinear(hidden, (middle, middle), bias=facts.mlp_bias, place=place)
+        self.down = RowParallelLinear(middle, hidden, bias=facts.mlp_bias, place=place)
+        self._num_heads, self._num_kv_heads = heads.count // head_dim, kv_heads.count // head_dim
+        self._head_dim = head_dim
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, rows] -> queries [T, heads, D], keys and values [T, kv_heads, D], views."""
+        heads = qkv.view(qkv.shape[0], -1, self._head_dim)
+        q, k, v = heads.split([self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
+        return q, k, v
+
+
+class Shard(nn.Module):
+    """One rank's parameters."""
+
+    def __init__(self, facts: TextFacts, place: Placement) -> None:
+        super().__init__()
+        hidden, vocabulary = facts.hidden_size, vocab_section(facts.vocab_size, comm=place.comm)
+        self.embedding = VocabParallelEmbedding(vocabulary, hidden, place=place)
+        self.layers = nn.ModuleList(DecoderLayer(facts, place) for _ in range(facts.num_layers))
+        self.norm = NormWeight(hidden, place=place)
+        tied = self.embedding if facts.tied_head else None
+        self.head = ParallelHead(vocabulary, hidden, tied=tied, place=place)
+
+    def decoder_layers(self) -> Iterable[DecoderLayer]:
+        return cast("Iterable[DecoderLayer]", self.layers)
+
+
+class LlamaLanguageModel(LanguageModel):
+    """See `LanguageModel`.
+
+    rope_config: transformers' LlamaConfig of the same model; its rotary parameters are read.
+    """
+
+    def __init__(
+        self,
+        facts: TextFacts,
+        rope_config: Any,
+        *,
+        comm: Communicator,
+        ops: OpSet,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.facts = facts
+        self.comm = comm
+        self.ops = ops
+        self.module = self.shard = Shard(facts, Placement(comm, dtype, device))
+        self.rotary = RotaryFrequencies(rope_config, head_dim=facts.head_dim, dtype=dtype, device=device)
+        self._scale = facts.head_dim**-0.5
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
+        cos, sin = self.rotary(batch.positions[0], batch.rotary_lengths)
+        plan = self._plan_attention(batch, kv_cache)
+        partial: Tensor = self._embed(batch)
+        residual: Tensor | None = None
+        for index, layer in enumerate(self.shard.decoder_layers()):
+            cache = (kv_cache.keys[index], kv_cache.values[index])
+            normed, residual = self._reduce(partial, residual, layer.input_norm)
+            q, k, v = layer.split_heads(layer.qkv(normed))
+            q, k = self.ops.apply_rotary(q, k, cos, sin)
+            self.ops.write_kv(k, v, *cache, batch.slot_mapping)
+            attended = self.ops.paged_attention(q, *cache, plan, scale=self._scale)
+            partial = layer.attention_out(attended.flatten(1))
+            normed, residual = self._reduce(partial, residual, layer.post_attention_norm)
+            partial = layer.down(self.ops.silu_mul(layer.gate_up(normed)))
+        return self._logits(partial, residual, batch.logits_rows)
+
+    def _plan_attention(self, batch: Batch, kv_cache: KVCache) -> Any:
+        keys = kv_cache.keys[0]
+        return self.ops.plan_attention(
+            batch.query_starts,
+            batch.context_lens,
+            batch.block_tables,
+            block_size=keys.shape[1],
+            position_bytes=2 * keys.shape[2] * keys.shape[3] * keys.element_size(),
+        )
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """[T, hidden_size], partial: rank 0 alone puts the image features in, the others add zero there."""
+        partial: Tensor = self.shard.embedding(batch.token_ids)
+        if batch.image_rows.shape[0]:
+            if self.comm.rank == 0:
+                partial.index_copy_(0, batch.image_rows, batch.image_features)
+            else:
+                partial.index_fill_(0, batch.image_rows, 0)
+        return partial
+
+    def _reduce(self, partial: Tensor, residual: Tensor | None, norm: NormWeight) -> tuple[Tensor, Tensor]:
+        return self.ops.reduce_add_norm(
+            partial, residual, norm.weight, eps=self.facts.rms_norm_eps, all_reduce=self.comm.all_reduce
+        )
+
+    def _logits(self, partial: Tensor, residual: Tensor | None, rows: Tensor) -> Tensor:
+        """float32 [len(rows), vocab_size]; only the rows asked for are reduced, normed and multiplied."""
+        if rows.shape[0]:
+            partial = partial.index_select(0, rows)
+            residual = None if residual is None else residual.index_select(0, rows)
+        normed, _ = self._reduce(partial, residual, self.shard.norm)
+        if not rows.shape[0]:
+            return torch.empty((0, self.facts.vocab_size), dtype=torch.float32, device=partial.device)
+        logits: Tensor = self.shard.head(normed)
+        return logits

@@ -1,0 +1,71 @@
+"""Pictures to pixel tensors, with transformers' own image processor in its PIL backend.
+
+transformers has two backends that differ in their resampling, and picks by what is installed; here the PIL class is
+named, so torchvision is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dist_vlm.workers.models.family import ImageProcessor
+from dist_vlm.workers.models.json_fields import Fields, read_object
+from dist_vlm.workers.models.spec import CheckpointError
+
+# `image_processor_type` of a checkpoint, without the suffix of a backend -> module and class.
+PROCESSORS = {
+    "CLIPImageProcessor": ("transformers.models.clip.image_processing_pil_clip", "CLIPImageProcessorPil"),
+    "LlavaImageProcessor": ("transformers.models.llava.image_processing_pil_llava", "LlavaImageProcessorPil"),
+}
+
+
+class PilImageProcessor(ImageProcessor):
+    """See `ImageProcessor`.
+
+    path: directory with preprocessor_config.json, or with its content under "image_processor" in
+        processor_config.json.
+    output_shape: shape of one image's pixel values, as the vision tower takes it.
+    Raises `CheckpointError` where the files are missing, name another processor, or give another shape.
+    """
+
+    def __init__(self, path: str, output_shape: tuple[int, int, int, int]) -> None:
+        fields = _settings(Path(path))
+        kind = str(fields.values.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+        if kind not in PROCESSORS:
+            raise fields.error("image_processor_type", " or ".join(PROCESSORS))
+        module, name = PROCESSORS[kind]
+        processor_class = getattr(importlib.import_module(module), name)
+        self._processor = processor_class.from_dict(fields.values)
+        self._output_shape = output_shape
+        settings = self._processor.to_dict()
+        serialized = json.dumps([name, settings], sort_keys=True, default=str).encode()
+        self._digest = hashlib.blake2b(serialized, digest_size=16).hexdigest()
+        shape = self.preprocess(Image.new("RGB", (8, 5))).shape
+        if shape != output_shape:
+            raise CheckpointError(
+                f"{fields.file}: the image processor gives shape {list(shape)}, the vision tower takes"
+                f" {list(output_shape)}"
+            )
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        pixels = self._processor(images=image, return_tensors="np")["pixel_values"]
+        return np.ascontiguousarray(pixels, dtype=np.float32)
+
+    @property
+    def digest(self) -> str:
+        return self._digest
+
+
+def _settings(directory: Path) -> Fields:
+    own, combined = directory / "preprocessor_config.json", directory / "processor_config.json"
+    if combined.is_file() and isinstance(nested := read_object(combined).get("image_processor"), dict):
+        return Fields(combined, nested, "image_processor")
+    if own.is_file():
+        return Fields(own, read_object(own))
+    raise CheckpointError(f"{own} is missing, and {combined.name} has no image_processor")

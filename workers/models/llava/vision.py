@@ -1,0 +1,58 @@
+"""The CLIP tower and projector of a LLaVA checkpoint: transformers' own modules, whole on every rank.
+
+Only the encoder layers that the selected hidden states need are built.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPVisionModel
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from dist_vlm.workers.models.family import VisionModel
+from dist_vlm.workers.models.llava.config import VisionFacts
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig
+
+
+class Tower(nn.Module):
+    """CLIP tower and projector under the names the checkpoint's tables use."""
+
+    def __init__(self, facts: VisionFacts, config: LlavaConfig) -> None:
+        super().__init__()
+        clip_config: Any = copy.deepcopy(config.vision_config)
+        clip_config.num_hidden_layers = facts.num_needed_layers
+        clip_config._attn_implementation = "sdpa"
+        clip: Any = CLIPVisionModel(clip_config)
+        clip.post_layernorm = nn.Identity()  # feeds the pooled output alone, which nobody reads
+        self.clip = clip
+        self.projector = LlavaMultiModalProjector(config)
+
+
+class ClipVisionModel(VisionModel):
+    """See `VisionModel`."""
+
+    def __init__(self, facts: VisionFacts, config: LlavaConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.facts = facts
+        with torch.device("meta"):  # no time or memory for weights that are read afterwards
+            tower = Tower(facts, config)
+        self.module = self.tower = tower.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        embeddings = tower.clip.embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).unsqueeze(0)
+        if buffers := {name for name, _ in tower.named_buffers()} - {"clip.embeddings.position_ids"}:
+            raise RuntimeError(f"the vision tower has buffers that nothing fills: {', '.join(sorted(buffers))}")
+
+    def encode_pixels(self, pixel_values: Tensor) -> Tensor:
+        states = self.tower.clip(pixel_values, output_hidden_states=True).hidden_states
+        first = 0 if self.facts.keeps_class_row else 1
+        selected = torch.cat([states[layer][:, first:] for layer in self.facts.feature_layers], dim=-1)
+        return self.project_features(selected)
+
+    def project_features(self, features: Tensor) -> Tensor:
+        projected: Tensor = self.tower.projector(features)
+        return projected
