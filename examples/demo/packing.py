@@ -21,6 +21,7 @@ from examples.demo.tokenizer import EOS, IMAGE, PAD, PREFIX, SUFFIX
 IGNORE = -100  # a target the loss skips
 SLOTS = (24, 24, 24, 24, 24, 24, 58)  # tokens; the last one is for the questions with long answers
 NUM_SHORT = len(SLOTS) - 1
+SHORT_WEIGHT = 4.0  # of a token in a short answer, to one in a long: else the few short ones hardly count
 Tokens = np.ndarray  # int16 [sum(SLOTS)]
 
 
@@ -63,6 +64,12 @@ class Packer:
 @lru_cache(maxsize=65536)
 def _encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def target_weights() -> torch.Tensor:
+    """float32 [1, tokens of the slots], what the loss at each place counts."""
+    weights = (SHORT_WEIGHT,) * NUM_SHORT + (1.0,)
+    return torch.cat([torch.full((n,), weight) for n, weight in zip(SLOTS, weights, strict=True)])[None]
 
 
 def position_ids(num_prefix: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from examples.demo.packing import NUM_SHORT, Packer
 from examples.demo.questions import QA
 from examples.demo.tokenizer import load_tokenizer
 
-DIGIT_SHARE = 0.2
+DIGIT_SHARE = 0.15
 CHUNK = 500
 
 

@@ -67,7 +67,9 @@ class Scene:
 
 def sample_scene(rng: random.Random) -> Scene:
     count = rng.choices((1, 2, 3, 4), weights=(3, 4, 5, 6))[0]
-    looks = rng.sample([(name, colour) for name in SHAPES for colour in COLOURS], count)
+    # few colours in every third scene: telling its shapes apart then takes their form
+    colours = rng.sample(tuple(COLOURS), 2 if rng.random() < 0.33 else len(COLOURS))
+    looks = rng.sample([(name, colour) for name in SHAPES for colour in colours], count)
     cells = sorted(rng.sample(range(GRID * GRID), count))
     shapes = [_sample_shape(rng, *look, *divmod(cell, GRID)) for look, cell in zip(looks, cells, strict=True)]
     return Scene(shapes=tuple(shapes), background=_sample_background(rng))
