@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from dataclasses import dataclass, field
 
 import torch
@@ -61,9 +62,23 @@ def single_rank() -> Communicator:
 
 
 def host_store(host: str, world_size: int, timeout_s: float) -> dist.TCPStore:
-    """Opens the group's rendezvous on a port the system chooses; rank 0 calls it and passes `.port` on."""
-    timeout = datetime.timedelta(seconds=timeout_s)
-    return dist.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+    """Opens the group's rendezvous on a port the system chooses; rank 0 calls it and passes `.port` on.
+
+    It listens on `host` alone: left to itself the store would listen on every interface of the machine.
+    """
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        # The libuv server does not take a listener of ours on every version of torch.
+        use_libuv=False,
+    )
 
 
 def join_store(host: str, port: int, world_size: int, timeout_s: float) -> dist.TCPStore:
@@ -77,10 +92,10 @@ def join_group(
     """Joins the tensor-parallel group.
 
     backend: "nccl", or "gloo" for CPU ranks and for ranks that share a GPU.
-    host: this rank's own address; gloo listens there and nowhere else.
+    host: this rank's own address; where it is 127.0.0.1, the group listens there and nowhere else.
     """
-    if backend == "gloo" and host == "127.0.0.1":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if host == "127.0.0.1":
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         backend,
         store=store,

@@ -1,0 +1,266 @@
+"""The ranks as Ray actors: placed, started, watched and ended here. Plans go through a `Transport`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from dist_vlm.executor import placement
+from dist_vlm.executor.agreement import agreed
+from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo, StagedImage, StageKind, StartError
+from dist_vlm.executor.deadline import Deadline
+from dist_vlm.executor.ray_cluster import RayCluster
+from dist_vlm.executor.ray_start import create_actors, start_ranks
+from dist_vlm.executor.staging import ImageStaging
+from dist_vlm.executor.transport import TRANSPORTS, Transport, TransportClosedError, TransportTimeoutError
+from dist_vlm.executor.watch import DeathWatch
+from dist_vlm.workers import wire
+from dist_vlm.workers.config import RankConfig
+from dist_vlm.workers.failure import RankError, describe
+from dist_vlm.workers.plan import StepPlan, StepResult
+from dist_vlm.workers.worker import RUNNER
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# When one rank dies in a step, a peer's collective may fail first; this long the death may take to be known.
+_DEATH_WAIT_S = 1.0
+# What a rank that is alive takes to say how far it is.
+_STATUS_WAIT_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class RayExecutor(Executor):
+    """config: what every rank is told, apart from its rank.
+
+    ray_address: None (this process's Ray, else RAY_ADDRESS, else a private Ray on 127.0.0.1), "auto" or "host:port".
+    start_timeout_s: for the whole start, from connecting to Ray to the first plan.
+    step_timeout_s: how long `collect` waits for one plan.
+    num_blocks: KV blocks to allocate; None takes what fits the tightest rank.
+    max_in_flight: plans that may be submitted and not collected.
+
+    last_results: every rank's answer to the plan collected last, in rank order.
+    start_seconds: stage of the start -> what it took.
+    """
+
+    def __init__(
+        self,
+        config: RankConfig,
+        *,
+        ray_address: str | None = None,
+        start_timeout_s: float = 300.0,
+        step_timeout_s: float = 60.0,
+        num_blocks: int | None = None,
+        max_in_flight: int = 4,
+        runner: str = RUNNER,
+        transport: str = "ray",
+    ) -> None:
+        self._config = config
+        self._ray_address = ray_address
+        self._start_timeout_s = start_timeout_s
+        self._step_timeout_s = step_timeout_s
+        self._num_blocks = num_blocks
+        self._max_in_flight = max_in_flight
+        self._runner = runner
+        self._transport_class = TRANSPORTS[transport]
+        self._cluster = RayCluster()
+        self._group: Any = None
+        self._actors: list[Any] = []
+        self._transport: Transport | None = None
+        self._watch: DeathWatch | None = None
+        self._images = ImageStaging(self._actors)
+        self._in_flight: deque[int] = deque()
+        self._dead: ExecutorError | None = None
+        self.last_results: tuple[StepResult, ...] = ()
+        self.start_seconds: dict[str, float] = {}
+
+    def start(self) -> ExecutorInfo:
+        if self._actors or self._dead is not None:
+            raise ExecutorError("start", "the executor was started before")
+        deadline = Deadline(self._start_timeout_s)
+        try:
+            return self._start(deadline)
+        except BaseException as error:
+            self.shutdown()
+            if isinstance(error, StartError) or not isinstance(error, Exception):
+                raise
+            raise StartError("start", describe(error)) from None
+
+    def _start(self, deadline: Deadline) -> ExecutorInfo:
+        config = self._config
+        self._cluster.connect(
+            self._ray_address,
+            # One more than the ranks take: Ray starts a process for each ahead, and the transport needs one too.
+            num_cpus=config.world_size + 1,
+            use_gpus=config.device == "cuda",
+            timeout_s=deadline.remaining_s,
+        )
+        deadline.lap("ray")
+        self._group = placement.reserve(config)
+        placement.ready(self._group, deadline.remaining_s)
+        deadline.lap("placement")
+        self._actors += create_actors(
+            config,
+            self._group,
+            resources=placement.bundle(config),
+            runner=self._runner,
+            private=self._cluster.private,
+        )
+        info = start_ranks(
+            self._actors,
+            deadline=deadline,
+            collective_timeout_s=self._step_timeout_s,
+            num_blocks=self._num_blocks,
+        )
+        self._open_transport(deadline)
+        deadline.lap("transport")
+        self.start_seconds = deadline.laps
+        return info
+
+    def _open_transport(self, deadline: Deadline) -> None:
+        self._watch = DeathWatch(self._actors, self._on_death)
+        # What opens the transport has no timeout of its own: at the deadline the ranks go, and it fails.
+        alarm = threading.Timer(deadline.remaining_s, self._kill_ranks)
+        alarm.start()
+        try:
+            self._transport = self._transport_class(
+                self._actors, depth=self._max_in_flight, send_timeout_s=self._step_timeout_s
+            )
+        except Exception as error:
+            if deadline.over:
+                raise StartError("transport", f"not done within start_timeout_s = {deadline.seconds:g}") from None
+            death = self._watch.wait(_DEATH_WAIT_S)
+            rank, cause = death if death is not None else (None, describe(error))
+            raise StartError("transport", cause, rank) from None
+        finally:
+            alarm.cancel()
+
+    def stage(self, key: str, kind: StageKind, array: np.ndarray) -> None:
+        self._alive()
+        self._images.stage(key, kind, array)
+
+    def poll_staged(self) -> Sequence[StagedImage]:
+        self._alive()
+        return self._images.poll()
+
+    def unstage(self, key: str) -> None:
+        self._alive()
+        self._images.unstage(key)
+
+    def submit(self, plan: StepPlan) -> None:
+        transport = self._alive()
+        try:
+            transport.send(wire.encode(plan))
+        except (TransportClosedError, TransportTimeoutError) as error:
+            raise self._fail(error) from None
+        self._in_flight.append(plan.step_id)
+
+    def collect(self) -> StepResult:
+        transport = self._alive()
+        if not self._in_flight:
+            raise ExecutorError("step", "collect() with no plan submitted")
+        step_id = self._in_flight[0]
+        try:
+            answers = transport.receive(self._step_timeout_s)
+            self._in_flight.popleft()
+            self.last_results = tuple(wire.decode(StepResult, answer) for answer in answers)
+            return agreed(self.last_results, step_id)
+        except (RankError, TransportClosedError, TransportTimeoutError, wire.WireError, ExecutorError) as error:
+            raise self._fail(error) from None
+
+    def shutdown(self) -> None:
+        if self._dead is None:
+            self._dead = ExecutorError("step", "the executor is shut down")
+        if self._watch is not None:
+            self._watch.stop()
+        # Killed first: closing the transport would wait for a rank that is stuck in a step.
+        self._kill_ranks()
+        if self._watch is not None:
+            self._watch.join()
+            self._watch = None
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+        self._actors.clear()
+        if self._group is not None:
+            import ray
+
+            with suppress(Exception):
+                ray.util.remove_placement_group(self._group)
+            self._group = None
+        self._images = ImageStaging(self._actors)
+        self._cluster.close()
+
+    def _alive(self) -> Transport:
+        if self._dead is not None:
+            raise self._dead
+        if self._watch is not None and self._watch.first is not None:
+            raise self._fail(TransportClosedError("a rank died"))
+        if self._transport is None:
+            raise ExecutorError("step", "the executor is not started")
+        return self._transport
+
+    def _fail(self, error: Exception) -> ExecutorError:
+        """Names who is to blame for a failed step, and ends every rank: they no longer hold the same state."""
+        self._dead = self._explain(error)
+        _log.error("%s", self._dead)
+        if self._watch is not None:
+            self._watch.stop()
+        self._kill_ranks()
+        if self._transport is not None:
+            self._transport.close()
+        return self._dead
+
+    def _explain(self, error: Exception) -> ExecutorError:
+        if isinstance(error, ExecutorError):
+            return error
+        if isinstance(error, TransportTimeoutError):
+            return self._explain_timeout()
+        death = self._watch.wait(_DEATH_WAIT_S) if self._watch is not None else None
+        if death is not None:
+            return ExecutorError("step", death[1], death[0])
+        if isinstance(error, RankError):
+            return ExecutorError(error.stage, error.cause, error.rank)
+        return ExecutorError("step", describe(error))
+
+    def _explain_timeout(self) -> ExecutorError:
+        import ray
+
+        step_id = self._in_flight[0] if self._in_flight else -1
+        refs = [actor.progress.options(concurrency_group="status").remote() for actor in self._actors]
+        ended, _ = ray.wait(refs, num_returns=len(refs), timeout=_STATUS_WAIT_S)
+        behind = [rank for rank, ref in enumerate(refs) if ref not in ended or _finished_before(ref, step_id)] or list(
+            range(len(refs))
+        )
+        names = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(map(str, behind))
+        cause = f"{names} did not finish step {step_id} in step_timeout_s = {self._step_timeout_s:g}"
+        return ExecutorError("step", cause, behind[0])
+
+    def _on_death(self, rank: int, cause: str) -> None:
+        """In the watch's thread: ends the others, so that whoever waits for the transport is told."""
+        _log.error("rank %d: %s", rank, cause)
+        self._kill_ranks()
+        if self._transport is not None:
+            self._transport.close()
+
+    def _kill_ranks(self) -> None:
+        import ray
+
+        for actor in list(self._actors):
+            with suppress(Exception):
+                ray.kill(actor, no_restart=True)
+
+
+def _finished_before(ref: Any, step_id: int) -> bool:
+    import ray
+
+    try:
+        finished: int = ray.get(ref, timeout=0)
+    except Exception:
+        return True
+    return finished < step_id

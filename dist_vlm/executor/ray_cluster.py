@@ -1,0 +1,223 @@
+"""Where the ranks' Ray comes from: the one this process already uses, one to join, or a private one of our own."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import site
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dist_vlm.executor.base import StartError
+from dist_vlm.workers.failure import describe
+
+_MIN_STORE_BYTES = 80 << 20
+_MAX_STORE_BYTES = 2 << 30
+# Unix socket paths end at 107 characters, and Ray appends some 60 to its directory.
+_MAX_TEMP_CHARS = 30
+
+_log = logging.getLogger(__name__)
+
+
+class RayCluster:
+    """A connection to Ray. `close` ends what `connect` began and nothing else.
+
+    private: whether this Ray was started here, and ends with `close` or with the process.
+    temp_dir: the private Ray's directory (sockets, logs), removed by `close`.
+    """
+
+    def __init__(self) -> None:
+        self.private = False
+        self.temp_dir: Path | None = None
+        self._joined = False
+        self._auth_before: dict[str, str | None] | None = None
+
+    def connect(self, address: str | None, *, num_cpus: int, use_gpus: bool, timeout_s: float) -> None:
+        """Uses the initialised Ray of this process; else joins `address`; else starts a private Ray.
+
+        address: None, "auto" or "host:port". With None the environment's RAY_ADDRESS counts, as everywhere in Ray.
+        num_cpus: what a private Ray offers, whatever the machine has.
+        Raises `StartError` at stage "ray".
+        """
+        address = address or os.environ.get("RAY_ADDRESS") or None
+        import ray
+
+        if ray.is_initialized():
+            return
+        try:
+            if address in (None, "local"):
+                self._start_private(num_cpus, use_gpus)
+            else:
+                self._join(str(address), timeout_s)
+        except StartError:
+            raise
+        except Exception as error:
+            self.close()
+            raise StartError("ray", describe(error)) from None
+
+    def close(self) -> None:
+        """Leaves Ray, and ends it where it is private. May be called twice."""
+        import ray
+
+        if not (self.private or self._joined):
+            return
+        atexit.unregister(self.close)
+        # What Ray says about processes that it then ends itself is no news.
+        with suppress(Exception):
+            ray.shutdown()
+        if self._auth_before is not None:
+            _set_auth(self._auth_before)
+            self._auth_before = None
+        if self.temp_dir is not None:
+            shutil.rmtree(self.temp_dir, ignore_errors=True)
+            self.temp_dir = None
+        self.private = self._joined = False
+
+    def _join(self, address: str, timeout_s: float) -> None:
+        import ray
+
+        if "://" in address:
+            raise StartError(
+                "ray", f"{address}: a Ray Client address cannot carry plans; give host:port of the cluster"
+            )
+        if address != "auto":
+            _check_reachable(address, timeout_s)
+        with _sigterm_kept():
+            self._joined = True
+            atexit.register(self.close)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+    def _start_private(self, num_cpus: int, use_gpus: bool) -> None:
+        import ray
+
+        base = tempfile.gettempdir()
+        base = base if len(base) <= _MAX_TEMP_CHARS else "/tmp"
+        self.temp_dir = Path(tempfile.mkdtemp(prefix="dvlm-", dir=base))
+        self.private = True
+        atexit.register(self.close)
+        if not os.environ.get("RAY_AUTH_MODE"):
+            self._auth_before = _set_auth({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        with _sigterm_kept(), _environment(_worker_environment()), _loopback_only():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                # Ray counts the GPUs itself; where none is wanted it need not look.
+                num_gpus=None if use_gpus else 0,
+                object_store_memory=_store_bytes(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(self.temp_dir),
+            )
+
+
+def _worker_environment() -> dict[str, str]:
+    """What the processes of a private Ray inherit."""
+    variables = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # See `_loopback_only`.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Each rank sees every GPU and takes its own: ranks with one ordinal cannot share memory.
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    }
+    root = import_root()
+    if root is not None:
+        variables["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return variables
+
+
+def import_root() -> str | None:
+    """The directory to put on another process's path to import this package; None where it is installed."""
+    root = str(Path(__file__).resolve().parents[2])
+    installed = [*site.getsitepackages(), site.getusersitepackages()]
+    return None if root in map(os.path.realpath, installed) else root
+
+
+def _check_reachable(address: str, timeout_s: float) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise StartError("ray", f"ray_address = {address!r}: must be None, 'auto' or 'host:port'")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=max(0.1, min(timeout_s, 10.0))).close()
+    except OSError as error:
+        raise StartError("ray", f"no Ray answers at {address}: {describe(error)}") from None
+
+
+def _store_bytes() -> int | None:
+    """Size of the object store: it holds staged images. None (Ray's choice) where shared memory is too small."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
+    size = min(_MAX_STORE_BYTES, int(free * 0.8))
+    return size if size >= _MIN_STORE_BYTES else None
+
+
+def _set_auth(variables: dict[str, str | None] | dict[str, str]) -> dict[str, str | None]:
+    """Sets Ray's authentication variables and makes Ray read them again. Returns what they were."""
+    before = {name: os.environ.get(name) for name in variables}
+    for name, value in variables.items():
+        _set_variable(name, value)
+    with suppress(Exception):  # Ray without token authentication has nothing to read again.
+        raylet: Any = importlib.import_module("ray._raylet")
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+    return before
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            _set_variable(name, value)
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Lets Ray take 127.0.0.1 for its address, and listen there alone, in place of the network card's.
+
+    Its processes read the variable; this process did while it imported Ray, so what it read is changed.
+    """
+    constants: Any = importlib.import_module("ray._private.ray_constants")
+    before = constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """`ray.init` replaces the handler of SIGTERM. One that somebody set is put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before not in (signal.SIG_DFL, None):
+            signal.signal(signal.SIGTERM, before)

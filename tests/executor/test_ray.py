@@ -1,0 +1,272 @@
+"""The Ray executor over a runner without a model: order, agreement, deaths, deadlines, images."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import ray
+from stand_in import RUNNER, rank_config
+
+from dist_vlm.executor.base import ExecutorError, StagedImage, StartError
+from dist_vlm.executor.ray import RayExecutor
+from dist_vlm.workers.plan import NewSequence, SampledTokens, SamplingRow, Slice, StepPlan
+
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
+Make = Callable[..., RayExecutor]
+NOTICE_S = 2.0
+
+
+def decode(step_id: int, position: int = 5, **fields: object) -> StepPlan:
+    return StepPlan(step_id, slices=(Slice(1, position, 1, (), True),), **fields)  # type: ignore[arg-type]
+
+
+class Pair:
+    """A running executor of two ranks whose next step id is counted here."""
+
+    def __init__(self, executor: RayExecutor) -> None:
+        self.executor = executor
+        self.next_step = 0
+
+    def step(self, **fields: object) -> tuple[SampledTokens, ...]:
+        self.executor.submit(decode(self.next_step, **fields))
+        self.next_step += 1
+        return self.executor.collect().sampled
+
+
+@pytest.fixture(scope="module")
+def pair(shared_ray: object) -> Iterator[Pair]:
+    executor = RayExecutor(rank_config(2, {"collective": True}), runner=RUNNER, step_timeout_s=20)
+    info = executor.start()
+    assert info.num_blocks == 100
+    assert [report.num_blocks for report in info.reports] == [100, 110]
+    assert sorted(executor.start_seconds) == sorted(
+        ["ray", "placement", "actor", "join", "load", "allocate", "transport"]
+    )
+    yield Pair(executor)
+    executor.shutdown()
+
+
+def test_a_step_runs_on_every_rank_of_one_group(pair: Pair) -> None:
+    # 1000 * slot + position + the sum over ranks 1 and 2.
+    assert pair.step() == (SampledTokens(1, (1000 + 6 + 3,)),)
+    results = pair.executor.last_results
+    assert [result.rank for result in results] == [0, 1]
+    assert results[0].counters.busy_us != results[1].counters.busy_us, "the stand-in reports its process id"
+
+
+def test_several_plans_in_flight_are_answered_in_order(pair: Pair) -> None:
+    first = pair.next_step
+    for step_id in range(first, first + 4):
+        pair.executor.submit(decode(step_id, position=step_id))
+    pair.next_step += 4
+    answers = [pair.executor.collect() for _ in range(4)]
+    assert [answer.step_id for answer in answers] == list(range(first, first + 4))
+    assert [answer.sampled[0].token_ids[0] for answer in answers] == [1000 + i + 1 + 3 for i in range(first, first + 4)]
+
+
+def test_a_long_prompt_passes_and_a_short_plan_after_it(pair: Pair) -> None:
+    tokens = tuple(range(100_000, 1_100_000))
+    new = (NewSequence(1, tokens, len(tokens), (), SamplingRow()),)
+    assert pair.step(new=new) == (SampledTokens(1, (1009,)),)
+    assert pair.step() == (SampledTokens(1, (1009,)),)
+
+
+def staged(executor: RayExecutor, count: int) -> list[StagedImage]:
+    images: list[StagedImage] = []
+    end = time.monotonic() + 10
+    while len(images) < count and time.monotonic() < end:
+        images += executor.poll_staged()
+    return images
+
+
+def test_an_image_reaches_every_rank_and_leaves_again(pair: Pair) -> None:
+    pixels = np.ones((1, 3, 2, 2), np.float32)
+    pair.executor.stage("cat", "pixel_values", pixels)
+    pair.executor.stage("dog", "image_features", np.full((1, 2, 4), 2.0, np.float32))
+    assert sorted(staged(pair.executor, 2), key=lambda image: image.key) == [
+        StagedImage("cat", None),
+        StagedImage("dog", None),
+    ]
+    # The stand-in adds the image's sum, 12, on both ranks.
+    assert pair.step(encode=("cat",)) == (SampledTokens(1, (1009 + 12,)),)
+    assert pair.step(encode=("cat", "dog")) == (SampledTokens(1, (1009 + 28,)),)
+    pair.executor.unstage("cat")
+    pair.executor.stage("cat", "pixel_values", 2 * pixels)
+    assert staged(pair.executor, 1) == [StagedImage("cat", None)]
+    assert pair.step(encode=("cat",)) == (SampledTokens(1, (1009 + 24,)),)
+
+
+def test_an_image_forgotten_on_its_way_is_not_reported(pair: Pair) -> None:
+    pair.executor.stage("late", "pixel_values", np.ones((1, 3, 2, 2), np.float32))
+    pair.executor.unstage("late")
+    time.sleep(0.2)
+    assert pair.executor.poll_staged() == []
+
+
+def test_shutdown_leaves_the_ray_that_was_there(make_ray_executor: Make) -> None:
+    executor = make_ray_executor(1)
+    executor.start()
+    executor.submit(decode(0))
+    assert executor.collect().sampled == (SampledTokens(1, (1006,)),)
+    executor.shutdown()
+    executor.shutdown()
+    assert ray.is_initialized()
+    assert ray.get(ray.put(5)) == 5
+    with pytest.raises(ExecutorError, match="shut down"):
+        executor.submit(decode(1))
+
+
+def test_an_image_that_one_rank_cannot_take_is_reported_with_its_cause(make_ray_executor: Make) -> None:
+    executor = make_ray_executor(2, {"fault": {"rank": 1, "at": "stage", "do": "raise"}})
+    executor.start()
+    executor.stage("cat", "pixel_values", np.ones((1, 3, 2, 2), np.float32))
+    (image,) = staged(executor, 1)
+    assert image == StagedImage("cat", "rank 1: FileNotFoundError: no model.safetensors in /nowhere")
+    # A rank that died while nobody stepped is noticed by whatever is called next.
+    os.kill(ray.get(executor._actors[1].ping.remote()), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(ExecutorError, match="rank 1.*died") as caught:
+        while time.monotonic() - began < NOTICE_S:
+            executor.poll_staged()
+    assert caught.value.rank == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_in_a_step_ends_collect_by_name(make_ray_executor: Make, rank: int) -> None:
+    # Without a collective only the watch can tell: the other rank answers, or is not asked.
+    model = {"collective": rank == 1, "fault": {"rank": rank, "at": 1, "do": "hang"}}
+    executor = make_ray_executor(2, model)
+    executor.start()
+    executor.submit(decode(0))
+    executor.collect()
+    killed_pid = executor.last_results[rank].counters.busy_us
+    executor.submit(decode(1))
+    killed_at: list[float] = []
+
+    def kill() -> None:
+        time.sleep(0.3)
+        killed_at.append(time.monotonic())
+        os.kill(killed_pid, signal.SIGKILL)
+
+    threading.Thread(target=kill).start()
+    with pytest.raises(ExecutorError) as caught:
+        executor.collect()
+    assert time.monotonic() - killed_at[0] < NOTICE_S
+    assert caught.value.rank == rank
+    assert caught.value.stage == "step"
+    assert "died" in caught.value.cause
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ExecutorError, match="died"):
+        executor.submit(decode(2))
+
+
+def test_a_rank_killed_while_idle_ends_the_next_step(make_ray_executor: Make) -> None:
+    executor = make_ray_executor(2)
+    executor.start()
+    executor.submit(decode(0))
+    executor.collect()
+    os.kill(executor.last_results[0].counters.busy_us, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(ExecutorError) as caught:
+        executor.submit(decode(1))
+        executor.collect()
+    assert time.monotonic() - began < NOTICE_S
+    assert caught.value.rank == 0
+
+
+def test_a_step_that_takes_too_long_names_the_rank(make_ray_executor: Make) -> None:
+    executor = make_ray_executor(2, {"fault": {"rank": 1, "at": 0, "do": "hang"}}, step_timeout_s=1.0)
+    executor.start()
+    executor.submit(decode(0))
+    began = time.monotonic()
+    with pytest.raises(ExecutorError, match=r"rank 1 did not finish step 0 in step_timeout_s = 1$") as caught:
+        executor.collect()
+    assert 0.9 < time.monotonic() - began < 1.0 + NOTICE_S
+    assert caught.value.rank == 1
+
+
+def test_ranks_that_disagree_are_named(make_ray_executor: Make) -> None:
+    executor = make_ray_executor(2, {"fault": {"rank": 1, "at": 1, "do": "differ"}})
+    executor.start()
+    for step_id in (0, 1):
+        executor.submit(decode(step_id))
+    assert executor.collect().step_id == 0
+    with pytest.raises(ExecutorError, match="ranks disagree in step 1: ranks 0, 1 .* differ in sampled"):
+        executor.collect()
+
+
+def test_a_step_that_raises_is_named_though_its_peer_hangs_in_a_collective(make_ray_executor: Make) -> None:
+    model = {"collective": True, "fault": {"rank": 1, "at": 0, "do": "raise"}}
+    executor = make_ray_executor(2, model)
+    executor.start()
+    executor.submit(decode(0))
+    began = time.monotonic()
+    with pytest.raises(ExecutorError) as caught:
+        executor.collect()
+    assert time.monotonic() - began < 2 * NOTICE_S
+    assert (caught.value.rank, caught.value.stage) == (1, "step")
+    assert caught.value.cause == "FileNotFoundError: no model.safetensors in /nowhere"
+
+
+@pytest.mark.parametrize(
+    ("at", "stage", "do"),
+    [("load", "load", "raise"), ("load", "load", "exit"), ("allocate", "allocate", "raise")],
+)
+def test_a_start_that_fails_names_rank_stage_and_cause(make_ray_executor: Make, at: str, stage: str, do: str) -> None:
+    executor = make_ray_executor(2, {"fault": {"rank": 1, "at": at, "do": do}})
+    with pytest.raises(StartError) as caught:
+        executor.start()
+    assert (caught.value.stage, caught.value.rank) == (stage, 1)
+    assert ("died" if do == "exit" else "FileNotFoundError: no model.safetensors in /nowhere") in caught.value.cause
+    assert "\n" not in str(caught.value)
+
+
+def test_a_start_that_hangs_ends_at_its_deadline(make_ray_executor: Make) -> None:
+    executor = make_ray_executor(2, {"fault": {"rank": 1, "at": "load", "do": "hang"}}, start_timeout_s=12.0)
+    began = time.monotonic()
+    with pytest.raises(StartError, match="start_timeout_s = 12") as caught:
+        executor.start()
+    assert time.monotonic() - began < 12.0 + NOTICE_S
+    assert caught.value.rank == 1
+
+
+def test_gpus_that_are_not_there_are_refused_at_once(shared_ray: object) -> None:
+    executor = RayExecutor(rank_config(2, device="cuda"), runner=RUNNER)
+    began = time.monotonic()
+    with pytest.raises(StartError, match=r"2 ranks need 2 CPU, 2 GPU on one machine; .*: 4 CPU, 0 GPU") as caught:
+        executor.start()
+    assert caught.value.stage == "placement"
+    assert time.monotonic() - began < NOTICE_S
+
+
+def test_a_place_that_stays_taken_is_told(make_ray_executor: Make, pair: Pair) -> None:
+    # The module's pair holds 2 of 4 CPUs.
+    executor = make_ray_executor(3, start_timeout_s=1.0)
+    with pytest.raises(StartError, match="3 CPU, 0 GPU on one machine did not become free .* 2 CPU"):
+        executor.start()
+
+
+def test_more_blocks_than_fit_are_refused(make_ray_executor: Make) -> None:
+    with pytest.raises(StartError, match="101 KV blocks asked for, 100 fit"):
+        make_ray_executor(2, num_blocks=101).start()
+
+
+def test_nothing_of_the_executors_is_left(make_ray_executor: Make, pair: Pair) -> None:
+    executor = make_ray_executor(1)
+    executor.start()
+    pid = ray.get(executor._actors[0].ping.remote())
+    executor.shutdown()
+    end = time.monotonic() + NOTICE_S
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{pid}")
+    while ray.available_resources().get("CPU") != 2.0 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert ray.available_resources()["CPU"] == 2.0, "only the module's pair holds CPUs"

@@ -1,0 +1,190 @@
+"""One rank as a plain class: what a Ray actor, or the driver itself, calls in order to start and run it.
+
+Importing this module costs neither torch nor the model; `prepare` pays for them, on every rank at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dist_vlm.version import __version__
+from dist_vlm.workers import wire
+from dist_vlm.workers.config import RankConfig
+from dist_vlm.workers.failure import RankError, describe
+from dist_vlm.workers.plan import StepPlan
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dist_vlm.workers.comm import Communicator
+
+RUNNER = "dist_vlm.workers.runner:Runner"
+
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """A rank, started in stages: `prepare`, `join` where there are several ranks, `load`, `allocate`.
+
+    Whatever fails raises `RankError`, its traceback having gone to the log. `stage`, `unstage`, `progress`,
+    `ping` and `watch` may be called from other threads while a step runs.
+
+    config: a `RankConfig`, encoded.
+    runner: "module:name" of what makes the runner from (config, communicator).
+    """
+
+    def __init__(self, config: bytes, runner: str = RUNNER) -> None:
+        self._config = wire.decode(RankConfig, config)
+        self._runner_name = runner
+        self._thread = threading.local()
+        self._comm: Communicator | None = None
+        self._store: Any = None
+        self._runner: Any = None
+        self._gpu = 0
+        self._last_step = -1
+
+    @property
+    def rank(self) -> int:
+        return self._config.rank
+
+    def prepare(self, host: str, timeout_s: float) -> tuple[str, int]:
+        """Imports the runner and takes the device. Returns (version of this package, rendezvous port).
+
+        The port, on `host`, is rank 0's where there are several ranks; otherwise 0.
+        """
+        config = self._config
+        with self._stage_named("import"):
+            module, _, name = self._runner_name.partition(":")
+            self._make_runner: Callable[..., Any] = getattr(import_module(module), name)
+            from dist_vlm.workers import comm
+        with self._stage_named("device"):
+            if config.device == "cuda":
+                self._gpu = _gpu_ordinal()
+            self._enter_thread()
+        if config.world_size == 1:
+            self._comm = comm.single_rank()
+            return __version__, 0
+        if config.rank != 0:
+            return __version__, 0
+        with self._stage_named("join"):
+            self._store = comm.host_store(host, config.world_size, timeout_s)
+            return __version__, int(self._store.port)
+
+    def join(self, host: str, port: int, timeout_s: float) -> None:
+        """Joins the tensor-parallel group whose rendezvous is at host:port; all ranks are on one machine.
+
+        timeout_s: how long to wait for the others, here and in any later collective.
+        """
+        config = self._config
+        with self._stage_named("join"):
+            from dist_vlm.workers import comm
+
+            self._enter_thread()
+            if self._store is None:
+                self._store = comm.join_store(host, port, config.world_size, timeout_s)
+            backend = "nccl" if config.device == "cuda" and not config.share_gpu else "gloo"
+            self._comm = comm.join_group(
+                self._store,
+                rank=config.rank,
+                world_size=config.world_size,
+                backend=backend,
+                timeout_s=timeout_s,
+                host=host,
+            )
+
+    def load(self) -> bytes:
+        """Builds the runner and loads the model. Returns an encoded `LoadReport`."""
+        with self._stage_named("load"):
+            self._enter_thread()
+            self._runner = self._make_runner(self._config, self._comm)
+            return wire.encode(self._runner.load())
+
+    def allocate(self, num_blocks: int) -> None:
+        """Allocates the KV cache: the same number of blocks on every rank."""
+        with self._stage_named("allocate"):
+            self._enter_thread()
+            self._runner.allocate(num_blocks)
+
+    def stage(self, key: str, kind: str, array: np.ndarray) -> None:
+        """Takes an image. `array` may be read-only memory shared with other ranks."""
+        with self._stage_named("stage"):
+            self._enter_thread()
+            self._runner.stage(key, kind, array)
+
+    def unstage(self, key: str) -> None:
+        with self._stage_named("unstage"):
+            self._enter_thread()
+            self._runner.unstage(key)
+
+    def step(self, plan: bytes) -> bytes:
+        """Runs an encoded `StepPlan`, returns an encoded `StepResult`."""
+        with self._stage_named("step"):
+            self._enter_thread()
+            decoded = wire.decode(StepPlan, plan)
+            result = self._runner.step(decoded)
+            self._last_step = decoded.step_id
+            return wire.encode(result)
+
+    def progress(self) -> int:
+        """The last step this rank finished, -1 before the first."""
+        return self._last_step
+
+    def ping(self) -> int:
+        """The process id."""
+        return os.getpid()
+
+    def watch(self) -> None:
+        """Never returns: what waits for it learns of the end of this process."""
+        threading.Event().wait()
+
+    def close(self) -> None:
+        """Leaves the group. Only a rank in the driver's own process needs it; others just end."""
+        if self._comm is not None:
+            self._comm.close()
+        self._runner = self._comm = self._store = None
+
+    def _enter_thread(self) -> None:
+        """Gives the calling thread this rank's GPU or number of threads: both are a thread's own setting."""
+        if getattr(self._thread, "ready", False):
+            return
+        import torch
+
+        if self._config.device == "cuda":
+            if not torch.cuda.is_available():
+                raise RuntimeError("torch sees no GPU on this machine")
+            torch.cuda.set_device(self._gpu)
+        elif self._config.num_threads > 0:
+            torch.set_num_threads(self._config.num_threads)
+        self._thread.ready = True
+
+    @contextmanager
+    def _stage_named(self, stage: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            _log.exception("rank %d failed: %s", self.rank, stage)
+            raise RankError(self.rank, stage, describe(error)) from None
+
+
+def _gpu_ordinal() -> int:
+    """The ordinal, in this process, of the GPU that Ray gave this rank; the current one where Ray gave none."""
+    import torch
+
+    try:
+        import ray
+
+        given = ray.get_runtime_context().get_accelerator_ids().get("GPU", []) if ray.is_initialized() else []
+    except ImportError:
+        given = []
+    if not given:
+        return torch.cuda.current_device() if torch.cuda.is_available() else 0
+    # Ray names GPUs as CUDA_VISIBLE_DEVICES does where it is set; torch counts from 0 in its order.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in visible.split(",")] if visible else []
+    return names.index(given[0]) if given[0] in names else int(given[0])
