@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ class Rule:
         if self.optional and text.lower() == "none":
             return None
         try:
-            value: Any = {"int": int, "float": float, "bool": _parse_bool}.get(self.kind, str)(text)
+            value = _PARSERS.get(self.kind, str)(text)
         except ValueError:
             raise ValueError(self.allowed()) from None
         return self.check(value)
@@ -118,7 +118,8 @@ class Rule:
         if self.is_path and isinstance(value, os.PathLike):
             value = os.fspath(value)
         kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-        if not isinstance(value, kinds[self.kind]) or (isinstance(value, bool) and self.kind != "bool"):
+        fits = isinstance(value, kinds[self.kind]) and (self.kind == "bool" or not isinstance(value, bool))
+        if not fits:
             raise ValueError(self.allowed())
         if self.kind == "str" and (not value.strip() or "\0" in value):
             raise ValueError(f"{self.allowed()}, not empty and without NUL")
@@ -168,6 +169,9 @@ def _parse_bool(text: str) -> bool:
     if lowered not in ("true", "false"):
         raise ValueError(text)
     return lowered == "true"
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _parse_bool}
 
 
 def option(kind: str, default: Any = dataclasses.MISSING, **rule: Any) -> Any:

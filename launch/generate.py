@@ -12,7 +12,7 @@ from dist_vlm.config import ConfigError, EngineConfig
 from dist_vlm.config_load import add_config_flags, config_flags, load_config
 
 if TYPE_CHECKING:
-    from dist_vlm import LLM, SamplingParams
+    from dist_vlm import LLM, SamplingParams, TextPrompt
 
 _TEXT = "one answer to a prompt; <image> in the prompt marks the place of each picture, in order"
 
@@ -81,13 +81,13 @@ def _open_pictures(paths: list[str], config: EngineConfig) -> list[Any]:
     return [load_image(path, max_pixels=config.vision.max_image_pixels) for path in paths]
 
 
-def _inputs(prompt: str, pictures: list[Any]) -> dict[str, Any]:
+def _inputs(prompt: str, pictures: list[Any]) -> TextPrompt:
     if not pictures:
         return {"prompt": prompt}
     return {"prompt": prompt, "multi_modal_data": {"image": pictures[0] if len(pictures) == 1 else pictures}}
 
 
-def _answer(config: EngineConfig, inputs: dict[str, Any], params: SamplingParams, *, progress: bool) -> str:
+def _answer(config: EngineConfig, inputs: TextPrompt, params: SamplingParams, *, progress: bool) -> str:
     from tqdm import tqdm
 
     from dist_vlm import LLM
@@ -102,8 +102,9 @@ def _answer(config: EngineConfig, inputs: dict[str, Any], params: SamplingParams
             llm.shutdown()
 
 
-def _stream(llm: LLM, inputs: dict[str, Any], params: SamplingParams, bar: Any) -> str:
+def _stream(llm: LLM, inputs: TextPrompt, params: SamplingParams, bar: Any) -> str:
     """Follows the growing answer with the bar and returns its final text."""
+    bar.reset()  # so that the rate leaves the start out
     bar.set_description("generating")
     text = ""
     for output in llm.stream(inputs, params):

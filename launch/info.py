@@ -62,7 +62,7 @@ def _torch_cuda_devices() -> int | None:
 def _kernels() -> dict[str, dict[str, str]]:
     """Implementation -> op -> the function that a rank would run."""
     choice = importlib.import_module("dist_vlm.kernels.choice")
-    return {name: choice.choose_ops(name).names for name in choice.IMPLEMENTATIONS}
+    return {name: ops.names for name, ops in choice.IMPLEMENTATIONS.items()}
 
 
 def _as_lines(facts: dict[str, Any], indent: str = "") -> str:

@@ -139,3 +139,36 @@ def test_a_failure_of_the_run_ends_the_engine_and_is_one_line(
     out, err = capsys.readouterr()
     assert (out, err) == ("", "dist-vlm: error: 1 picture for 0 placeholders\n")
     assert llm.made[0].closed
+
+
+def test_the_real_engine_gives_the_answer_of_the_reference(
+    tiny_checkpoint: Path, picture: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "USER: <image>\nwhat is this? ASSISTANT:"
+    words = [
+        "--model",
+        str(tiny_checkpoint),
+        "--executor",
+        "inline",
+        "--device",
+        "cpu",
+        "--kv-cache-memory-gib",
+        "0.01",
+    ]
+    words += ["--threads-per-rank", "1", "--image", picture, "--prompt", prompt, "--max-tokens", "6"]
+    assert cli.main(["generate", *words]) == 0
+    out, err = capfd.readouterr()
+    assert out == _reference_answer(tiny_checkpoint, picture, prompt, max_tokens=6) + "\n"
+    assert "done" in err
+
+
+def _reference_answer(model: Path, picture: str, prompt: str, *, max_tokens: int) -> str:
+    """transformers' own greedy answer, in float32."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(model, backend="pil")
+    reference = LlavaForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    inputs = processor(images=[Image.open(picture)], text=[prompt], return_tensors="pt")
+    tokens = reference.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+    return str(processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
