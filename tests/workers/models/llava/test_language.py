@@ -28,7 +28,7 @@ def expected_logits(model, tokens: list[int]) -> Tensor:
     return model(input_ids=torch.tensor([tokens])).logits[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, request):
     """(directory, transformers' model) of the text fields in the parameter."""
     model = random_model(llava_config(**request.param))

@@ -1,0 +1,152 @@
+"""The batched implementation against the float32 reference, and the reference against a plain softmax."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_vlm.kernels import paged_attention as op
+from dist_vlm.kernels.paged_attention import (
+    paged_attention_reference,
+    paged_attention_torch,
+    plan_attention_reference,
+    plan_attention_torch,
+)
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def make_case(sequences, *, heads=4, kv_heads=2, head_dim=32, block_size=8, dtype=torch.float32, seed=0, stale=0.0):
+    """sequences: (query_len, context_len). stale: value of cache positions that no sequence owns."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = sum(count for count, _ in sequences)
+    needed = [-(-context // block_size) for _, context in sequences]
+    num_blocks = sum(needed) + 3
+    q = torch.randn(num_tokens, heads, head_dim, generator=generator).to(dtype)
+    caches = torch.full((2, num_blocks, block_size, kv_heads, head_dim), stale, dtype=dtype)
+    order = torch.randperm(num_blocks, generator=generator).tolist()
+    tables = torch.zeros(len(sequences), max([*needed, 1]), dtype=torch.int64)
+    for index, (_, context) in enumerate(sequences):
+        blocks = [order.pop() for _ in range(needed[index])]
+        tables[index, : len(blocks)] = torch.tensor(blocks)
+        for position in range(context):
+            values = torch.randn(2, kv_heads, head_dim, generator=generator).to(dtype)
+            caches[:, blocks[position // block_size], position % block_size] = values
+    starts = torch.tensor([0, *(count for count, _ in sequences)]).cumsum(0)
+    contexts = torch.tensor([context for _, context in sequences], dtype=torch.int64)
+    return q, caches[0].clone(), caches[1].clone(), (starts, contexts, tables)
+
+
+def run(plan_function, function, case, *, block_size, scale=0.2):
+    q, keys, values, batch = case
+    plan = plan_function(*batch, block_size=block_size, position_bytes=64)
+    return function(q, keys, values, plan, scale=scale)
+
+
+def compare(sequences, *, block_size=8, **options) -> None:
+    case = make_case(sequences, block_size=block_size, **options)
+    expected = run(plan_attention_reference, paged_attention_reference, case, block_size=block_size)
+    actual = run(plan_attention_torch, paged_attention_torch, case, block_size=block_size)
+    tolerance = TOLERANCE[case[0].dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+BATCHES = {
+    "one token": [(1, 1)],
+    "prefill": [(13, 13)],
+    "chunk": [(5, 21)],
+    "decode": [(1, 9), (1, 30), (1, 8), (1, 16)],
+    "mixed": [(1, 19), (7, 7), (3, 25), (1, 1), (16, 16)],
+    "gap": [(2, 9), (0, 0), (1, 4)],
+}
+
+
+@pytest.mark.parametrize("sequences", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_equals_the_reference(sequences, block_size) -> None:
+    compare(sequences, block_size=block_size)
+
+
+@pytest.mark.parametrize("head_dim", [24, 40, 64, 80, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (5, 1)])
+def test_odd_head_shapes(head_dim, heads, kv_heads) -> None:
+    compare(BATCHES["mixed"], head_dim=head_dim, heads=heads, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype) -> None:
+    compare(BATCHES["mixed"], dtype=dtype)
+
+
+def test_reference_is_a_causal_softmax() -> None:
+    q, keys, values, batch = make_case([(6, 6)], heads=2, kv_heads=2, block_size=8)
+    out = run(plan_attention_reference, paged_attention_reference, (q, keys, values, batch), block_size=8)
+    block = int(batch[2][0, 0])
+    scores = torch.einsum("qhd,khd->hqk", q, keys[block, :6]) * 0.2
+    scores = scores.masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -torch.inf)
+    torch.testing.assert_close(out, torch.einsum("hqk,khd->qhd", scores.softmax(-1), values[block, :6]))
+
+
+def test_an_empty_batch_gives_an_empty_result() -> None:
+    q, keys, values, _ = make_case([(2, 2)])
+    batch = (torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64))
+    for plan_function, function in (
+        (plan_attention_reference, paged_attention_reference),
+        (plan_attention_torch, paged_attention_torch),
+    ):
+        assert run(plan_function, function, (q[:0], keys, values, batch), block_size=8).shape == (0, 4, 32)
+
+
+def test_strided_queries() -> None:
+    q, keys, values, batch = make_case(BATCHES["mixed"])
+    fused = torch.randn(q.shape[0], 9, q.shape[2])
+    fused[:, 2:6] = q
+    out = run(plan_attention_torch, paged_attention_torch, (fused[:, 2:6], keys, values, batch), block_size=8)
+    expected = run(plan_attention_torch, paged_attention_torch, (q, keys, values, batch), block_size=8)
+    assert torch.equal(out, expected)
+
+
+def test_what_lies_past_a_context_is_never_used() -> None:
+    """Stale NaN of another request in a shared cache must not reach this one."""
+    compare(BATCHES["mixed"], stale=float("nan"))
+    compare(BATCHES["decode"], stale=float("nan"), block_size=16)
+
+
+def test_large_decode_batches_are_cut_to_the_budget(monkeypatch) -> None:
+    monkeypatch.setattr(op, "GATHER_BYTES", 64 * 40)
+    case = make_case([(1, 9), (1, 30), (1, 8), (1, 16), (1, 50)])
+    plan = plan_attention_torch(*case[3], block_size=8, position_bytes=64)
+    assert [part.tokens.tolist() for part in plan.decodes] == [[2, 0], [3], [1], [4]]
+    compare([(1, 9), (1, 30), (1, 8), (1, 16), (1, 50)])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(3, 4, 32)}, ValueError, "q has shape"),
+        ({"q": torch.zeros(2, 3, 32)}, ValueError, "3 heads are not a multiple of 2"),
+        ({"q": torch.zeros(2, 4, 16)}, ValueError, "key_cache has shape"),
+        ({"q": torch.zeros(2, 32, 4).transpose(1, 2)}, ValueError, "last axis must be dense"),
+        ({"keys": torch.zeros(4, 8, 2, 32, dtype=torch.bfloat16)}, TypeError, "key_cache has dtype"),
+        ({"values": torch.zeros(5, 8, 2, 32)}, ValueError, "value_cache has shape"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_wrong_arguments_are_named(change, error, message, implementation) -> None:
+    arguments = {"q": torch.zeros(2, 4, 32), "keys": torch.zeros(4, 8, 2, 32), "values": torch.zeros(4, 8, 2, 32)}
+    arguments |= change
+    batch = (torch.tensor([0, 2]), torch.tensor([2]), torch.tensor([[1]]))
+    plan = getattr(op, f"plan_attention_{implementation}")(*batch, block_size=8, position_bytes=64)
+    function = getattr(op, f"paged_attention_{implementation}")
+    with pytest.raises(error, match=message):
+        function(arguments["q"], arguments["keys"], arguments["values"], plan, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("starts", "contexts", "message"),
+    [([0, 3], [2], "sequence 0 has tokens"), ([0, 2], [9], "sequence 0 has tokens"), ([0, 2, 1], [2, 2], "sequence 1")],
+)
+def test_contradicting_bounds_are_refused(starts, contexts, message) -> None:
+    tables = torch.ones(len(contexts), 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        plan_attention_torch(torch.tensor(starts), torch.tensor(contexts), tables, block_size=8, position_bytes=64)
