@@ -32,7 +32,7 @@ clean:
 
 $(VENV)/.run-installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with pip and venv found (python3.12, python3.11, python3)" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@# Without a GPU, torch comes first and in this exact version: no CUDA packages follow.
 	ls /dev/nvidia[0-9]* >/dev/null 2>&1 || nvidia-smi -L >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "$(CPU_TORCH)"
 	$(BIN)/python -m pip install --quiet -e .

@@ -1,8 +1,8 @@
 """Uses the package that is installed beside this interpreter: the command, a resolved configuration, imports.
 
 Run as `python scripts/try_installed.py NAME CHECKPOINT` from a directory outside the source tree. NAME is how it was
-installed ("editable", "wheel", "sdist"); CHECKPOINT is a directory with a config.json. Exits with a message at the first
-thing that is wrong.
+installed ("editable", "wheel", "sdist"); CHECKPOINT is a directory with a config.json. Exits with a message at the
+first thing that is wrong.
 """
 
 from __future__ import annotations
