@@ -17,8 +17,8 @@ from dist_vlm.engine.arg_utils import engine_config
 from dist_vlm.engine.core import EngineCore
 from dist_vlm.engine.front import Front, load_front
 from dist_vlm.engine.processor import ProcessedPrompt
+from dist_vlm.engine.rank_config import executor_for
 from dist_vlm.engine.request_log import RequestLog
-from dist_vlm.executor import make_executor
 from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo
 from dist_vlm.inputs import PromptInputs
 from dist_vlm.outputs import CompletionOutput, RequestOutput
@@ -106,21 +106,20 @@ class LLM:
         self._dead: ExecutorError | None = None
         self._ids = itertools.count()
         self._core = EngineCore(
-            executor or make_executor(config),
+            executor or executor_for(config),
             block_size=config.cache.block_size,
             max_model_len=_decided(config.model.max_model_len),
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         )
         self._finalizer = weakref.finalize(self, self._core.shutdown)
-        # The ranks start while this process loads the tokenizer and the image processor.
+        # The tokenizer and the image processor load while the ranks start.
         with ThreadPoolExecutor(1) as pool:
-            starting = pool.submit(self._core.start)
+            loading = pool.submit(load_front, config)
             try:
-                self._front: Front = load_front(config)
-                self.executor_info: ExecutorInfo = starting.result()
+                self.executor_info: ExecutorInfo = self._core.start()
+                self._front: Front = loading.result()
             except BaseException:
-                starting.exception()
                 self.shutdown()
                 raise
 

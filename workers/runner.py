@@ -48,14 +48,16 @@ class Runner:
     @torch.inference_mode()
     def load(self) -> LoadReport:
         """Builds the shard and the vision encoder and fills them. Raises `CheckpointError` on a bad checkpoint."""
-        began, peak = time.perf_counter_ns(), PeakMemory(self.device)
-        source = open_weights(self.config, self.spec)
+        began = time.perf_counter_ns()
         self.language = self.family.build_language(
             self.spec, comm=self.comm, ops=self.ops, dtype=self.dtype, device=self.device
         )
-        self.family.load_language(self.language, self.spec, source)
         self.vision = self.family.build_vision(self.spec, dtype=self.dtype, device=self.device)
-        self.family.load_vision(self.vision, self.spec, source)
+        # The libraries that building imported are no part of what loading takes.
+        peak = PeakMemory(self.device)
+        with open_weights(self.config, self.spec) as source:
+            self.family.load_language(self.language, self.spec, source)
+            self.family.load_vision(self.vision, self.spec, source)
         peak_bytes = peak.growth_bytes()
         self.features = FeatureStore(vision=self.vision, comm=self.comm, dtype=self.dtype, device=self.device)
         num_language, num_vision = _num_parameters(self.language.module), _num_parameters(self.vision.module)
