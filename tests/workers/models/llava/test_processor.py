@@ -1,0 +1,104 @@
+"""Pixel values against the processor that `AutoImageProcessor` loads in its PIL backend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_vlm.workers.models import CheckpointError, get_family, read_spec
+
+
+def processor(path, other=None):
+    spec = read_spec(str(path))
+    return get_family(spec.family).image_processor(spec, other)
+
+
+def picture(width, height, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture
+def directory(tiny_facts, tmp_path):
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(tiny_facts / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [(56, 56), (200, 90), (31, 77), (1, 1), (3, 400)])
+def test_equals_the_auto_image_processor(tiny_facts, size) -> None:
+    from transformers import AutoImageProcessor
+
+    auto = AutoImageProcessor.from_pretrained(tiny_facts, backend="pil")
+    expected = auto(images=picture(*size), return_tensors="np")["pixel_values"]
+    actual = processor(tiny_facts).preprocess(picture(*size))
+    assert (actual.dtype, actual.shape) == (np.float32, (1, 3, 56, 56))
+    assert np.array_equal(actual, expected)
+
+
+def test_settings_inside_processor_config_are_read_too(directory) -> None:
+    """transformers 5 saves the image processor's settings inside processor_config.json."""
+    expected = processor(directory)
+    settings = json.loads((directory / "preprocessor_config.json").read_text())
+    (directory / "preprocessor_config.json").unlink()
+    (directory / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    actual = processor(directory)
+    assert actual.digest == expected.digest
+    assert np.array_equal(actual.preprocess(picture(60, 80)), expected.preprocess(picture(60, 80)))
+
+
+def change(directory, **fields):
+    file = directory / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_the_digest_names_the_settings(directory) -> None:
+    before = processor(directory).digest
+    assert processor(directory).digest == before
+    change(directory, image_mean=[0.5, 0.5, 0.5])
+    assert processor(directory).digest != before
+
+
+def test_another_directory_can_be_named(directory, tiny_facts) -> None:
+    change(directory, image_mean=[0.5, 0.5, 0.5])
+    assert processor(tiny_facts, str(directory)).digest == processor(directory).digest
+
+
+def test_the_padding_processor_is_served(directory) -> None:
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    change(directory, image_processor_type="LlavaImageProcessorFast", do_pad=True)
+    own = LlavaImageProcessorPil.from_pretrained(directory)
+    expected = own(images=picture(90, 40), return_tensors="np")["pixel_values"]
+    assert np.array_equal(processor(directory).preprocess(picture(90, 40)), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_processor_type": "SiglipImageProcessor"}, "image_processor_type is 'SiglipImageProcessor', must be"),
+        ({"image_processor_type": None}, "image_processor_type is None, must be CLIPImageProcessor or"),
+        ({"crop_size": {"height": 42, "width": 42}}, r"gives shape \[1, 3, 42, 42\], the vision tower takes"),
+    ],
+)
+def test_a_processor_that_does_not_fit_is_refused(directory, fields, message) -> None:
+    change(directory, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        processor(directory)
+
+
+def test_missing_settings_are_named(directory) -> None:
+    (directory / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="preprocessor_config.json is missing, and processor_config.json has no"):
+        processor(directory)
+
+
+def test_the_pil_backend_is_pinned(tiny_facts) -> None:
+    """Not what `AutoImageProcessor` picks where torchvision is installed."""
+    from transformers.image_processing_backends import PilBackend
+
+    assert isinstance(processor(tiny_facts)._processor, PilBackend)

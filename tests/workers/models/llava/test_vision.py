@@ -1,0 +1,76 @@
+"""Features against `get_image_features` of transformers' own model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_vlm.workers.models import get_family, read_spec
+from dist_vlm.workers.models.llava.config import read_facts
+from dist_vlm.workers.safetensors_source import SafetensorsSource
+
+from .rig import CPU, llava_config, random_model
+
+SELECTIONS = {
+    "default": {},
+    "full": {"vision_feature_select_strategy": "full"},
+    "last": {"vision_feature_layer": -1},
+    "first layer": {"vision_feature_layer": 1},
+    "embeddings": {"vision_feature_layer": -4},
+    "several": {"vision_feature_layer": [-2, 1, -1]},
+    "several, full": {"vision_feature_layer": [-3, 2], "vision_feature_select_strategy": "full"},
+    "no bias, relu": {"multimodal_projector_bias": False, "projector_hidden_act": "relu"},
+}
+
+
+@pytest.fixture(scope="module", params=SELECTIONS.values(), ids=SELECTIONS.keys())
+def loaded(request, tmp_path_factory):
+    """(our vision model, transformers' model, spec)."""
+    model = random_model(llava_config(llava=request.param))
+    path = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(path)
+    spec = read_spec(str(path))
+    family = get_family(spec.family)
+    vision = family.build_vision(spec, dtype=torch.float32, device=CPU)
+    with SafetensorsSource(path) as source:
+        family.load_vision(vision, spec, source)
+    return vision, model, spec
+
+
+def pixels(count):
+    return torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(count))
+
+
+@torch.inference_mode()
+def test_pixels_give_transformers_features(loaded) -> None:
+    vision, model, spec = loaded
+    expected = torch.stack(list(model.get_image_features(pixels(3)).pooler_output))
+    actual = vision.encode_pixels(pixels(3))
+    assert actual.shape == (3, spec.image_feature_size, spec.hidden_size)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_features_before_the_projector_are_projected(loaded) -> None:
+    vision, model, spec = loaded
+    features = torch.randn(2, spec.image_feature_size, spec.image_feature_width)
+    torch.testing.assert_close(vision.project_features(features), model.model.multi_modal_projector(features))
+
+
+def test_only_the_needed_layers_are_built(loaded) -> None:
+    vision, model, spec = loaded
+    needed = read_facts(spec.path).vision.num_needed_layers
+    tower = model.model.vision_tower
+    per_layer = sum(parameter.numel() for parameter in tower.encoder.layers[0].parameters())
+    embeddings = sum(p.numel() for part in (tower.embeddings, tower.pre_layrnorm) for p in part.parameters())
+    projector = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
+    count = sum(parameter.numel() for parameter in vision.module.parameters())
+    assert count == embeddings + needed * per_layer + projector
+    assert not any(parameter.requires_grad for parameter in vision.module.parameters())
+
+
+def test_the_tower_runs_in_the_dtype_asked_for(loaded) -> None:
+    _, _, spec = loaded
+    vision = get_family(spec.family).build_vision(spec, dtype=torch.bfloat16, device=CPU)
+    assert {parameter.dtype for parameter in vision.module.parameters()} == {torch.bfloat16}
+    assert vision.module.clip.embeddings.position_ids.tolist() == [list(range(5))]
