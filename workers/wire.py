@@ -35,13 +35,13 @@ def decode(cls: type[T], data: bytes) -> T:
         raw = msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=True)
     except Exception as error:
         raise WireError(f"not a msgpack message: {type(error).__name__}") from None
-    message: T = _reader(cls)(raw)
+    message: T = _reader(typing.cast(Any, cls))(raw)
     return message
 
 
 def _lower(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return [_lower(getattr(value, name)) for name in _field_names(type(value))]
+        return [_lower(getattr(value, name)) for name in _field_names(typing.cast(Any, type(value)))]
     if isinstance(value, (tuple, list)):
         # Long tuples of plain ints (prompts, block ids) need no walk.
         return value if all(type(item) is int for item in value) else [_lower(item) for item in value]

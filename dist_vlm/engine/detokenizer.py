@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tokenizers.decoders import DecodeStream
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 # The end of the prompt decides whether the answer's first token carries a leading space.
@@ -20,7 +21,7 @@ class Detokenizer:
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool
     ) -> None:
-        self._tokenizer = tokenizer._tokenizer
+        self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
         self._context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
         self._skip = skip_special_tokens
         self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)

@@ -61,9 +61,7 @@ class Processor:
         request = EngineRequest(
             request_id=request_id,
             prompt_token_ids=tuple(token_ids),
-            images=tuple(
-                EngineImage(span, image.kind, image.array) for span, image in zip(spans, images, strict=True)
-            ),
+            images=tuple(EngineImage(span, image.kind, image.array) for span, image in zip(spans, images, strict=True)),
             sampling=self._sampling_row(params),
             max_tokens=self._max_tokens(params, len(token_ids)),
             stop_token_ids=self._stop_token_ids(params),

@@ -351,7 +351,9 @@ class Scheduler:
         self.pool.check(request.block_ids for request in holders)
         for request in self._running:
             if len(request.block_ids) != self.pool.blocks_for(request.num_planned):
-                raise BooksError(f"{request.request_id}: {len(request.block_ids)} blocks for {request.num_planned} tokens")
+                raise BooksError(
+                    f"{request.request_id}: {len(request.block_ids)} blocks for {request.num_planned} tokens"
+                )
         slots = [request.slot for request in holders] + list(self._free_slots)
         if None in slots or len(set(slots)) != len(slots):
             raise BooksError(f"slots are not held once each: {slots}")

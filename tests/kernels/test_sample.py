@@ -66,8 +66,13 @@ def test_a_draw_depends_on_seed_index_and_position_only():
     logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(5))
     keys = {"seed": torch.tensor([7, 7, 7, 8]), "sample_index": torch.tensor([0, 1, 0, 0])}
     keys["position"] = torch.tensor([3, 3, 4, 3])
-    same = sample.draw(logits[:1].expand(4, -1), temperature=torch.ones(4), top_p=torch.ones(4), top_k=torch.zeros(
-        4, dtype=torch.int64), **keys)
+    same = sample.draw(
+        logits[:1].expand(4, -1),
+        temperature=torch.ones(4),
+        top_p=torch.ones(4),
+        top_k=torch.zeros(4, dtype=torch.int64),
+        **keys,
+    )
     assert len(set(same.tolist())) == 4
     for i in range(4):
         alone = sample.draw(logits[:1], **params(1, **{name: value[i] for name, value in keys.items()}))
