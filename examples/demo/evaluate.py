@@ -95,6 +95,7 @@ def summarize(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=sorted(BACKENDS), default="transformers")
+    parser.add_argument("--label", help="the figures' name in the file, by default the backend's")
     parser.add_argument("--checkpoint", type=Path, default=FOLDER / "checkpoint")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="which held-out pictures")
@@ -107,7 +108,11 @@ def main(arguments: list[str]) -> None:
     started = time.perf_counter()
     verdicts = ask_all(answer, held_out_examples(asked.count, asked.seed))
     figures = {**summarize(verdicts), "seed": asked.seed, "seconds": round(time.perf_counter() - started, 1)}
-    update_figures(asked.figures, ("evaluation", asked.backend), {**figures, **environment(asked.device, asked.commit)})
+    update_figures(
+        asked.figures,
+        ("evaluation", asked.label or asked.backend),
+        {**figures, **environment(asked.device, asked.commit)},
+    )
     for verdict in verdicts:
         if not verdict.is_right:
             qa = verdict.example.qa
