@@ -222,19 +222,19 @@ def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _attend_prefill(q: Tensor, key_cache: Tensor, value_cache: Tensor, part: PrefillPart, scale: float) -> Tensor:
-    queries = q[part.start : part.end].transpose(0, 1)  # [heads, n, D]
-    keys = _gather(key_cache, part.blocks)[: part.context].transpose(0, 1)  # [kv_heads, c, D]
-    values = _gather(value_cache, part.blocks)[: part.context].transpose(0, 1)
+    kv_heads = key_cache.shape[2]
+    queries = q[part.start : part.end].transpose(0, 1).unflatten(0, (kv_heads, -1))  # [kv_heads, group, n, D]
+    keys = _gather(key_cache, part.blocks)[: part.context].transpose(0, 1).unsqueeze(1)  # [kv_heads, 1, c, D]
+    values = _gather(value_cache, part.blocks)[: part.context].transpose(0, 1).unsqueeze(1)
     attended = F.scaled_dot_product_attention(
-        queries[None],
-        keys[None],
-        values[None],
+        queries,
+        keys.expand(-1, queries.shape[1], -1, -1),  # a view: the group shares one copy
+        values.expand(-1, queries.shape[1], -1, -1),
         attn_mask=part.mask,
         is_causal=part.mask is None,
         scale=scale,
-        enable_gqa=queries.shape[0] != keys.shape[0],
     )
-    return attended[0].transpose(0, 1)
+    return attended.flatten(0, 1).transpose(0, 1)
 
 
 def _attend_decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, part: DecodePart, scale: float) -> Tensor:

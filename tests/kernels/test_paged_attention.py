@@ -78,6 +78,20 @@ def test_half_precision(dtype) -> None:
     compare(BATCHES["mixed"], dtype=dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 128), (6, 2, 64), (5, 1, 40), (3, 3, 256)])
+def test_equals_the_reference_on_a_gpu(dtype, heads, kv_heads, head_dim) -> None:
+    q, *caches, batch = make_case(
+        BATCHES["mixed"], heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, stale=float("nan")
+    )
+    expected = run(plan_attention_reference, paged_attention_reference, (q, *caches, batch), block_size=8)
+    case = (q.cuda(), *(cache.cuda() for cache in caches), [tensor.cuda() for tensor in batch])
+    actual = run(plan_attention_torch, paged_attention_torch, case, block_size=8)
+    tolerance = max(TOLERANCE[dtype], 2e-5)
+    torch.testing.assert_close(actual.cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
 def test_reference_is_a_causal_softmax() -> None:
     q, keys, values, batch = make_case([(6, 6)], heads=2, kv_heads=2, block_size=8)
     out = run(plan_attention_reference, paged_attention_reference, (q, keys, values, batch), block_size=8)

@@ -65,3 +65,10 @@ def test_any_tensor_is_there_and_none_is_listed() -> None:
     assert source.has("anything")
     assert source.names() == frozenset()
     assert source.unasked("") == []
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_the_same_values() -> None:
+    target = torch.empty(300, 200, device="cuda")
+    DummySource(0).copy_into(target, "q_proj.weight", shape=(300, 200))
+    assert torch.equal(target.cpu(), whole("q_proj.weight", (300, 200)))

@@ -165,6 +165,17 @@ def test_an_index_without_a_map_is_refused(directory, tensors) -> None:
         SafetensorsSource(directory)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", SLICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_parameter_is_filled(directory, tensors, index, dtype) -> None:
+    expected = tensors["matrix"][index]
+    target = torch.zeros(expected.shape, dtype=dtype, device="cuda")
+    with SafetensorsSource(directory) as source:
+        source.copy_into(target, "matrix", shape=(37, 53), index=index)
+    assert torch.equal(target.cpu(), expected.to(dtype))
+
+
 PEAK = """
 import sys
 from pathlib import Path

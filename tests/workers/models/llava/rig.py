@@ -84,14 +84,21 @@ class Ranks:
 
 
 def build_ranks(
-    path: Path, *, world_size: int = 1, kernels: str = "torch", block_size: int = 8, num_blocks: int = 64
+    path: Path,
+    *,
+    world_size: int = 1,
+    kernels: str = "torch",
+    block_size: int = 8,
+    num_blocks: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> Ranks:
     spec, comms = read_spec(str(path)), thread_comms(world_size)
     family = get_family(spec.family)
 
     def build(rank: int) -> LanguageModel:
-        ops = choose(kernels, CPU)
-        model = family.build_language(spec, comm=comms[rank], ops=ops, dtype=torch.float32, device=CPU)
+        ops = choose(kernels, device)
+        model = family.build_language(spec, comm=comms[rank], ops=ops, dtype=dtype, device=device)
         with SafetensorsSource(path) as source:
             family.load_language(model, spec, source)
         return model
@@ -105,8 +112,8 @@ def build_ranks(
                 block_size=block_size,
                 num_kv_heads=max(1, spec.num_kv_heads // world_size),
                 head_dim=spec.head_dim,
-                dtype=torch.float32,
-                device=CPU,
+                dtype=dtype,
+                device=device,
             )
         )
     return ranks
@@ -154,18 +161,23 @@ class Driver:
             contexts.append(end)
         width = max(len(sequence.blocks) for sequence, _, _ in chunks)
         tables = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence, _, _ in chunks]
-        hidden = self.ranks.spec.hidden_size
+        keys = self.ranks.caches[0].keys[0]
+        no_features = torch.empty(0, self.ranks.spec.hidden_size)
+
+        def put(values: Any) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=keys.device)
+
         return Batch(
-            token_ids=torch.tensor(tokens),
-            positions=torch.tensor([positions]),
-            rotary_lengths=torch.tensor(lengths),
-            slot_mapping=torch.tensor(slots),
-            query_starts=torch.tensor(starts),
-            context_lens=torch.tensor(contexts),
-            block_tables=torch.tensor(tables),
-            logits_rows=torch.tensor(list(range(len(tokens)) if rows is None else rows), dtype=torch.int64),
-            image_rows=torch.tensor(image_rows, dtype=torch.int64),
-            image_features=torch.stack(features) if features else torch.empty(0, hidden),
+            token_ids=put(tokens),
+            positions=put([positions]),
+            rotary_lengths=put(lengths),
+            slot_mapping=put(slots),
+            query_starts=put(starts),
+            context_lens=put(contexts),
+            block_tables=put(tables),
+            logits_rows=put(list(range(len(tokens)) if rows is None else rows)),
+            image_rows=put(image_rows),
+            image_features=(torch.stack(features) if features else no_features).to(keys.device, keys.dtype),
             max_query_len=max(end - start for _, start, end in chunks),
             max_context_len=max(contexts),
         )

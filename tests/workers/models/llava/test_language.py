@@ -177,3 +177,16 @@ def test_unknown_rope_type_is_refused_by_name(tmp_path) -> None:
         get_family("llava").build_language(
             spec, comm=single_rank(), ops=choose("torch", CPU), dtype=torch.float32, device=CPU
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpoint", [{}], ids=["gqa"], indirect=True)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.5)])
+def test_a_gpu_computes_what_the_cpu_does(checkpoint, dtype, tolerance) -> None:
+    path, model = checkpoint
+    ranks = build_ranks(path, dtype=dtype, device=torch.device("cuda"))
+    driver, tokens = Driver(ranks), random_tokens(37, seed=1)
+    sequence, other = driver.sequence(tokens), driver.sequence(random_tokens(20, seed=2))
+    parts = [driver.run([(other, 0, 9), (sequence, 0, 30)])[9:], driver.run([(other, 9, 10), (sequence, 30, 36)])[1:]]
+    logits = torch.cat([*parts, driver.run([(sequence, 36, 37), (other, 10, 11)])[:1]]).cpu()
+    torch.testing.assert_close(logits, expected_logits(model, tokens), atol=tolerance, rtol=tolerance)

@@ -74,3 +74,15 @@ def test_the_tower_runs_in_the_dtype_asked_for(loaded) -> None:
     vision = get_family(spec.family).build_vision(spec, dtype=torch.bfloat16, device=CPU)
     assert {parameter.dtype for parameter in vision.module.parameters()} == {torch.bfloat16}
     assert vision.module.clip.embeddings.position_ids.tolist() == [list(range(5))]
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_gpu_computes_what_the_cpu_does(loaded) -> None:
+    vision, _, spec = loaded
+    family, device = get_family(spec.family), torch.device("cuda")
+    on_gpu = family.build_vision(spec, dtype=torch.float32, device=device)
+    with SafetensorsSource(spec.path) as source:
+        family.load_vision(on_gpu, spec, source)
+    actual = on_gpu.encode_pixels(pixels(2).cuda()).cpu()
+    torch.testing.assert_close(actual, vision.encode_pixels(pixels(2)), atol=1e-3, rtol=1e-3)
