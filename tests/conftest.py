@@ -12,6 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MAKE_LLAVA = ROOT / "benchmarks" / "peers" / "make_llava.py"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-matrix", action="store_true", help="every parity point, not the pairwise part of them")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips `gpu` tests without a GPU that torch can use, and `multi_gpu` tests with fewer than two."""
     marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("multi_gpu")]

@@ -109,7 +109,7 @@ def _as_list(data: Any) -> list[Any]:
     images = data.get("image")
     if images is None:
         return []
-    return list(images) if isinstance(images, Sequence) else [images]
+    return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def _is_tensor(value: Any) -> bool:

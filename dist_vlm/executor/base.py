@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from dist_vlm.workers.config import LoadReport
@@ -46,10 +46,12 @@ class ExecutorInfo:
 
     num_blocks: KV blocks, the smallest number over the ranks.
     reports: one a rank, in rank order.
+    start_seconds: stage of the start -> seconds it took, in their order.
     """
 
     num_blocks: int
     reports: tuple[LoadReport, ...]
+    start_seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Executor(ABC):

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+
+from dist_vlm.engine.core import EngineCore
+from dist_vlm.engine.messages import EngineImage, EngineRequest
+from dist_vlm.executor.base import ExecutorError
+from dist_vlm.executor.fake import FakeExecutor, checksum_token
+from dist_vlm.workers.plan import ImageSpan, SamplingRow
+
+
+def request(name, length=5, max_tokens=4, image=None):
+    prompt = tuple((sum(name.encode()) + i) % 1000 for i in range(length))
+    array = np.zeros((1, 3, 2, 2), np.float32)
+    images = () if image is None else (EngineImage(ImageSpan(image, 1, 3), "pixel_values", array),)
+    return EngineRequest(name, prompt, images, SamplingRow(), max_tokens, frozenset())
+
+
+def engine(depth=1, **script):
+    executor = FakeExecutor(num_blocks=16, block_size=4, max_num_seqs=3, max_num_batched_tokens=8, **script)
+    core = EngineCore(executor, block_size=4, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=8, depth=depth)
+    core.start()
+    return core, executor
+
+
+def drain(core, outputs=None):
+    tokens, ends = {}, {}
+    while core.has_work:
+        for output in core.step():
+            tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+            if output.finish_reason:
+                assert output.request_id not in ends, "ended twice"
+                ends[output.request_id] = (output.finish_reason, output.stop_reason)
+    return tokens, ends
+
+
+def expected(one):
+    tokens = list(one.prompt_token_ids)
+    for _ in range(one.max_tokens):
+        tokens.append(checksum_token(tokens, len(tokens)))
+    return tokens[len(one.prompt_token_ids) :]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_requests_with_and_without_images_run_to_their_end(depth):
+    core, executor = engine(depth, staging_polls=2)
+    requests = [request("a"), request("b", 9, image="x"), request("c", 20), request("d", 6, image="x")]
+    for one in requests:
+        core.add(one)
+    tokens, ends = drain(core)
+    assert tokens == {one.request_id: expected(one) for one in requests}
+    assert set(ends.values()) == {("length", None)}
+    assert core.num_finished == 4
+    assert executor.staged_images == (), "images leave the ranks with their last request"
+
+
+def test_a_failed_image_and_a_failed_staging_fail_alone():
+    core, _ = engine(fail_images={"x": "the image could not be encoded"}, fail_stage={"y": "no room"})
+    for one in (request("bad", 9, image="x"), request("worse", 9, image="y"), request("good", 9, image="z")):
+        core.add(one)
+    tokens, ends = drain(core)
+    assert ends == {
+        "bad": ("error", "the image could not be encoded"),
+        "worse": ("error", "an image could not be staged"),
+        "good": ("length", None),
+    }
+    assert tokens["good"] == expected(request("good", 9, image="z"))
+
+
+def test_abort_while_images_are_on_their_way_and_while_running():
+    core, executor = engine(staging_polls=50)
+    core.add(request("waits", 9, image="x"))
+    core.add(request("runs", 5, max_tokens=30))
+    for _ in range(3):
+        core.step()
+    assert [output.finish_reason for output in core.abort("waits")] == ["abort"]
+    assert [output.finish_reason for output in core.abort("runs")] == ["abort"]
+    assert core.abort("runs") == []
+    drain(core)
+    core.add(request("next"))
+    drain(core)
+    assert executor.staged_images == ()
+
+
+def test_a_lost_rank_is_an_executor_error():
+    lost = ExecutorError("step", "the process ended", 1)
+    core, _ = engine(fail_steps={2: lost})
+    core.add(request("a"))
+    with pytest.raises(ExecutorError, match=r"rank 1.*the process ended"):
+        drain(core)
+
+
+def test_a_sequence_longer_than_the_cache_is_refused_at_the_start():
+    executor = FakeExecutor(num_blocks=3, block_size=4)
+    core = EngineCore(executor, block_size=4, max_model_len=13, max_num_seqs=3, max_num_batched_tokens=8)
+    with pytest.raises(ValueError, match=r"holds 12 tokens .*max_model_len = 13.*to at most 12"):
+        core.start()
+
+
+def test_a_request_id_in_use_is_refused():
+    core, _ = engine()
+    core.add(request("a"))
+    with pytest.raises(ValueError, match="in use"):
+        core.add(request("a"))
