@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections import deque
@@ -84,12 +85,15 @@ class RayExecutor(Executor):
             raise ExecutorError("start", "the executor was started before")
         deadline = Deadline(self._start_timeout_s)
         try:
-            return self._start(deadline)
+            info = self._start(deadline)
         except BaseException as error:
             self.shutdown()
             if isinstance(error, StartError) or not isinstance(error, Exception):
                 raise
             raise StartError("start", describe(error)) from None
+        # Ray's own exit is registered by now, so ours comes before it.
+        atexit.register(self.shutdown)
+        return info
 
     def _start(self, deadline: Deadline) -> ExecutorInfo:
         config = self._config
@@ -174,6 +178,7 @@ class RayExecutor(Executor):
             raise self._fail(error) from None
 
     def shutdown(self) -> None:
+        atexit.unregister(self.shutdown)
         if self._dead is None:
             self._dead = ExecutorError("step", "the executor is shut down")
         if self._watch is not None:
@@ -188,10 +193,7 @@ class RayExecutor(Executor):
             self._transport = None
         self._actors.clear()
         if self._group is not None:
-            import ray
-
-            with suppress(Exception):
-                ray.util.remove_placement_group(self._group)
+            _remove(self._group)
             self._group = None
         self._images = ImageStaging(self._actors)
         self._cluster.close()
@@ -251,9 +253,18 @@ class RayExecutor(Executor):
     def _kill_ranks(self) -> None:
         import ray
 
-        for actor in list(self._actors):
+        for actor in list(self._actors) if ray.is_initialized() else ():
             with suppress(Exception):
                 ray.kill(actor, no_restart=True)
+
+
+def _remove(group: Any) -> None:
+    import ray
+
+    # Where the user has shut Ray down already, any call would start another one.
+    if ray.is_initialized():
+        with suppress(Exception):
+            ray.util.remove_placement_group(group)
 
 
 def _finished_before(ref: Any, step_id: int) -> bool:

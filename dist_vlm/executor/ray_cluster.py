@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import logging
 import os
@@ -32,7 +31,7 @@ _log = logging.getLogger(__name__)
 class RayCluster:
     """A connection to Ray. `close` ends what `connect` began and nothing else.
 
-    private: whether this Ray was started here, and ends with `close` or with the process.
+    private: whether this Ray was started here, and ends with `close`.
     temp_dir: the private Ray's directory (sockets, logs), removed by `close`.
     """
 
@@ -41,6 +40,7 @@ class RayCluster:
         self.temp_dir: Path | None = None
         self._joined = False
         self._auth_before: dict[str, str | None] | None = None
+        self._print_before: Any = None
 
     def connect(self, address: str | None, *, num_cpus: int, use_gpus: bool, timeout_s: float) -> None:
         """Uses the initialised Ray of this process; else joins `address`; else starts a private Ray.
@@ -71,10 +71,12 @@ class RayCluster:
 
         if not (self.private or self._joined):
             return
-        atexit.unregister(self.close)
         # What Ray says about processes that it then ends itself is no news.
         with suppress(Exception):
             ray.shutdown()
+        if self._print_before is not None:
+            importlib.import_module("ray._private.worker").print_to_stdstream = self._print_before
+            self._print_before = None
         if self._auth_before is not None:
             _set_auth(self._auth_before)
             self._auth_before = None
@@ -94,7 +96,6 @@ class RayCluster:
             _check_reachable(address, timeout_s)
         with _sigterm_kept():
             self._joined = True
-            atexit.register(self.close)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
     def _start_private(self, num_cpus: int, use_gpus: bool) -> None:
@@ -104,7 +105,6 @@ class RayCluster:
         base = base if len(base) <= _MAX_TEMP_CHARS else "/tmp"
         self.temp_dir = Path(tempfile.mkdtemp(prefix="dvlm-", dir=base))
         self.private = True
-        atexit.register(self.close)
         if not os.environ.get("RAY_AUTH_MODE"):
             self._auth_before = _set_auth({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
         with _sigterm_kept(), _environment(_worker_environment()), _loopback_only():
@@ -120,6 +120,14 @@ class RayCluster:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(self.temp_dir),
             )
+        self._log_errors_quietly()
+
+    def _log_errors_quietly(self) -> None:
+        """Ray prints a paragraph about each dead rank on the driver's output, which the executor tells in a line."""
+        worker: Any = importlib.import_module("ray._private.worker")
+        self._print_before = getattr(worker, "print_to_stdstream", None)
+        if self._print_before is not None:
+            worker.print_to_stdstream = lambda data, *_, **__: _log.debug("%s", " ".join(data.get("lines", [])))
 
 
 def _worker_environment() -> dict[str, str]:

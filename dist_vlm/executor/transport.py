@@ -67,6 +67,10 @@ class GraphTransport(Transport):
             _buffer_size_bytes=_BUFFER_BYTES,
             _max_inflight_executions=depth,
         )
+        # Closing a channel registers its reader, and Ray aborts this process if the writer is dead by then: a rank
+        # that died before its first answer was read would take the driver with it. So they are registered here.
+        for channel in self._graph.dag_output_channels:
+            channel.ensure_registered_as_reader()
 
     def send(self, message: bytes) -> None:
         import ray

@@ -44,7 +44,8 @@ class DeathWatch:
     def _run(self) -> None:
         import ray
 
-        while not self._stop.is_set():
+        # Any call of a Ray that was shut down meanwhile would start another one.
+        while not self._stop.is_set() and ray.is_initialized():
             try:
                 ended, _ = ray.wait(self._refs, num_returns=1, timeout=_POLL_S)
             except Exception as error:  # Ray itself is gone.

@@ -1,0 +1,168 @@
+"""A private Ray: reachable from this machine alone, and gone with its owner. Each runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import is_running
+
+from dist_vlm.executor import ray_cluster
+from dist_vlm.executor.base import StartError
+from dist_vlm.executor.ray_cluster import RayCluster
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+
+START = """
+import json, os, signal, sys, time
+import dist_vlm
+from processes import descendants, listening_on
+from stand_in import RUNNER, rank_config
+from dist_vlm.executor.base import ExecutorError
+from dist_vlm.executor.ray import RayExecutor
+from dist_vlm.workers.plan import Slice, StepPlan
+
+def tell(**facts):
+    print(json.dumps(facts), flush=True)
+
+signal.signal(signal.SIGTERM, handler := lambda *_: sys.exit(9))
+executor = RayExecutor(rank_config(2, json.loads(sys.argv[1])), runner=RUNNER, start_timeout_s=90)
+try:
+    executor.start()
+except ExecutorError as error:
+    tell(error=str(error), children=len(descendants(os.getpid())))
+    sys.exit(3)
+executor.submit(StepPlan(0, slices=(Slice(1, 5, 1, (), True),)))
+token = executor.collect().sampled[0].token_ids[0]
+children = descendants(os.getpid())
+tell(
+    token=token,
+    package=dist_vlm.__file__,
+    pids=children,
+    ranks=[result.counters.busy_us for result in executor.last_results],
+    listeners=listening_on([os.getpid(), *children]),
+    temp_dir=str(executor._cluster.temp_dir),
+    token_auth=os.environ["RAY_AUTH_MODE"],
+    handler_kept=signal.getsignal(signal.SIGTERM) is handler,
+)
+"""
+
+
+def run(
+    code: str, model: dict[str, Any] | None = None, *, cwd: Path = ROOT, **environment: str
+) -> subprocess.Popen[str]:
+    env = os.environ | environment
+    env.pop("RAY_AUTH_TOKEN", None)
+    command = [sys.executable, "-c", code, json.dumps(model or {})]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def facts_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate()[1]
+    facts: dict[str, Any] = json.loads(line)
+    return facts
+
+
+def assert_gone(pids: list[int], within_s: float = 5.0) -> None:
+    end = time.monotonic() + within_s
+    left = pids
+    while left and time.monotonic() < end:
+        left = [pid for pid in left if is_running(pid)]
+        time.sleep(0.05)
+    assert not left, [command_of(pid) for pid in left]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()[:120]
+    except OSError:
+        return ""
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if "plasma" in name or "ray" in name}
+
+
+def test_it_listens_on_loopback_alone_and_ends_with_a_program_that_forgets_it(tmp_path: Path) -> None:
+    before = shared_memory()
+    # No shutdown() in the program: the interpreter's exit does it. A second copy of the package, found through the
+    # working directory alone, stands for a checkout that is not installed.
+    for name in ("dist_vlm", "workers", "kernels", "launch"):
+        subprocess.run(["cp", "-a", str(ROOT / name), str(tmp_path / name)], check=True)
+    process = run(START, {"collective": True}, cwd=tmp_path, PYTHONPATH=str(HERE))
+    facts = facts_of(process)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (out, errors) == ("", "")
+    assert facts["package"].startswith(str(tmp_path))
+    assert facts["token"] == 1000 + 6 + 3
+    assert facts["token_auth"] == "token"
+    assert facts["handler_kept"]
+    assert len(facts["listeners"]) >= 5
+    assert {ip.removeprefix("::ffff:") for ip in facts["listeners"]} == {"127.0.0.1"}
+    assert len(facts["pids"]) >= 4
+    assert_gone(facts["pids"])
+    assert not Path(facts["temp_dir"]).exists()
+    assert shared_memory() <= before
+
+
+def test_no_rank_outlives_a_driver_that_is_killed() -> None:
+    before = shared_memory()
+    process = run(START + "\ntime.sleep(600)\n")
+    facts = facts_of(process)
+    process.kill()
+    process.wait(10)
+    # What else Ray started may look for its peers for a minute before it ends; it holds no model and no GPU.
+    servers = [pid for pid in facts["pids"] if "gcs_server" in command_of(pid) or "raylet/raylet" in command_of(pid)]
+    assert_gone([*facts["ranks"], *servers], within_s=20.0)
+    assert shared_memory() <= before
+    for pid in filter(is_running, facts["pids"]):
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(facts["temp_dir"])
+
+
+def test_a_start_that_fails_tells_one_line_and_leaves_no_process() -> None:
+    process = run(START, {"fault": {"rank": 1, "at": "load", "do": "raise"}})
+    facts = facts_of(process)
+    out, errors = process.communicate(timeout=60)
+    assert facts["error"] == "load failed (rank 1): FileNotFoundError: no model.safetensors in /nowhere"
+    assert facts["children"] == 0
+    assert process.returncode == 3
+    assert (out, errors) == ("", "")
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    began = time.monotonic()
+    with pytest.raises(StartError, match=f"no Ray answers at 127.0.0.1:{port}: ConnectionRefusedError") as caught:
+        RayCluster().connect(f"127.0.0.1:{port}", num_cpus=1, use_gpus=False, timeout_s=30)
+    assert caught.value.stage == "ray"
+    assert time.monotonic() - began < 5.0
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [("ray://127.0.0.1:10001", "Ray Client address"), ("here", "must be None, 'auto' or 'host:port'")],
+)
+def test_an_address_of_another_kind_is_refused(address: str, problem: str) -> None:
+    with pytest.raises(StartError, match=problem):
+        RayCluster().connect(address, num_cpus=1, use_gpus=False, timeout_s=30)
+
+
+def test_an_installed_package_needs_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ray_cluster.import_root() == str(ROOT)
+    monkeypatch.setattr(ray_cluster.site, "getsitepackages", lambda: [str(ROOT)])
+    assert ray_cluster.import_root() is None

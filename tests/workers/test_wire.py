@@ -1,0 +1,98 @@
+"""What goes over the wire comes back equal, and nothing else is read."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_vlm.workers.config import LoadReport, RankConfig
+from dist_vlm.workers.plan import (
+    ImageFailure,
+    ImageSpan,
+    NewSequence,
+    SampledTokens,
+    SamplingRow,
+    Slice,
+    SlotFailure,
+    StepCounters,
+    StepPlan,
+    StepResult,
+)
+from dist_vlm.workers.wire import WireError, decode, encode
+
+ints = st.integers(0, 2**40)
+keys = st.text(max_size=20)
+many_ints = st.lists(ints, max_size=5).map(tuple)
+sampling = st.builds(SamplingRow, st.floats(0, 2), ints, st.floats(0, 1), ints, ints)
+spans = st.lists(st.builds(ImageSpan, keys, ints, ints), max_size=3).map(tuple)
+plans = st.builds(
+    StepPlan,
+    ints,
+    st.lists(st.builds(NewSequence, ints, many_ints, ints, spans, sampling), max_size=3).map(tuple),
+    st.lists(st.builds(Slice, ints, ints, ints, many_ints, st.booleans()), max_size=3).map(tuple),
+    many_ints,
+    st.lists(keys, max_size=3).map(tuple),
+    st.lists(keys, max_size=3).map(tuple),
+    st.lists(st.tuples(ints, ints), max_size=3).map(tuple),
+)
+results = st.builds(
+    StepResult,
+    ints,
+    ints,
+    st.lists(st.builds(SampledTokens, ints, many_ints), max_size=3).map(tuple),
+    st.lists(st.builds(ImageFailure, keys, keys), max_size=3).map(tuple),
+    st.lists(st.builds(SlotFailure, ints, keys), max_size=3).map(tuple),
+    st.builds(StepCounters, ints, ints, ints),
+)
+
+
+@given(plans)
+def test_plans_come_back_equal(plan: StepPlan) -> None:
+    assert decode(StepPlan, encode(plan)) == plan
+
+
+@given(results)
+def test_results_come_back_equal(result: StepResult) -> None:
+    assert decode(StepResult, encode(result)) == result
+
+
+@pytest.mark.parametrize("kv_cache_bytes", [None, 1 << 40])
+def test_configs_and_reports_come_back_equal(kv_cache_bytes: int | None) -> None:
+    config = RankConfig(
+        "/m", "float32", "cpu", "dummy", 1, 2, 16, 64, 4, 32, 0.9, kv_cache_bytes, 1, "reference", False, 0
+    )
+    assert decode(RankConfig, encode(config)) == config
+    report = LoadReport(0, 1, 2, 3, 4, 5, 6, {"norm": "reference"}, 7)
+    assert decode(LoadReport, encode(report)) == report
+
+
+def test_a_long_prompt_takes_few_bytes() -> None:
+    tokens = tuple(range(100_000))
+    plan = StepPlan(0, new=(NewSequence(0, tokens, 100_000, (), SamplingRow()),))
+    assert len(encode(plan)) < 500_000
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xc1",
+        msgpack.packb(5),
+        msgpack.packb([0]),
+        msgpack.packb([0, [], [], [], [], [], [], []]),
+        msgpack.packb(["0", [], [], [], [], [], []]),
+        msgpack.packb([True, [], [], [], [], [], []]),
+        msgpack.packb([0, [], [], [1.5], [], [], []]),
+        msgpack.packb([0, [], [], [], [1], [], []]),
+        msgpack.packb([0, [], [], [], [], [], [[1, 2, 3]]]),
+        msgpack.packb([0, [], [[0, 0, 1, [], 1]], [], [], [], []]),
+        msgpack.packb({"step_id": 0}),
+        msgpack.packb([0, [], [], [], [], [], []]) + b"\x00",
+        msgpack.packb(msgpack.ExtType(5, b"x")),
+    ],
+)
+def test_anything_else_is_refused(raw: bytes) -> None:
+    with pytest.raises(WireError):
+        decode(StepPlan, raw)

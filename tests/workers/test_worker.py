@@ -1,0 +1,134 @@
+"""A rank's stages in this process, over a runner that computes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from dist_vlm.version import __version__
+from dist_vlm.workers import wire
+from dist_vlm.workers.comm import Communicator
+from dist_vlm.workers.config import LoadReport, RankConfig
+from dist_vlm.workers.failure import RankError
+from dist_vlm.workers.plan import StepPlan, StepResult
+from dist_vlm.workers.wire import WireError
+from dist_vlm.workers.worker import Worker
+
+CONFIG = RankConfig("model", "float32", "cpu", "dummy", 0, 1, 16, 64, 4, 32, 0.9, None, 1, "reference", False, 0)
+
+
+class Recorder:
+    """Writes down its calls; `model` names the one that fails."""
+
+    def __init__(self, config: RankConfig, comm: Communicator) -> None:
+        self.config, self.comm = config, comm
+        self.calls: list[object] = []
+
+    def _call(self, *call: object) -> None:
+        if self.config.model == call[0]:
+            raise OSError("broken\nin two lines")
+        self.calls.append(call)
+
+    def load(self) -> LoadReport:
+        self._call("load")
+        return LoadReport(0, 0, 0, 0, 0, 1, 9, {}, 0)
+
+    def allocate(self, num_blocks: int) -> None:
+        self._call("allocate", num_blocks)
+
+    def stage(self, key: str, kind: str, array: np.ndarray) -> None:
+        self._call("stage", key, kind, threading.current_thread().name)
+
+    def unstage(self, key: str) -> None:
+        self._call("unstage", key)
+
+    def step(self, plan: StepPlan) -> StepResult:
+        self._call("step", plan)
+        return StepResult(plan.step_id, 0)
+
+
+def worker(**changes: object) -> Worker:
+    built = Worker(wire.encode(dataclasses.replace(CONFIG, **changes)), f"{__name__}:Recorder")  # type: ignore[arg-type]
+    sys.modules.setdefault(__name__, sys.modules[Recorder.__module__])
+    return built
+
+
+def test_the_stages_in_order() -> None:
+    rank = worker()
+    assert rank.prepare("127.0.0.1", 5.0) == (__version__, 0)
+    assert wire.decode(LoadReport, rank.load()).num_blocks == 9
+    rank.allocate(7)
+    assert rank.progress() == -1
+    plan = StepPlan(4)
+    assert wire.decode(StepResult, rank.step(wire.encode(plan))) == StepResult(4, 0)
+    assert rank.progress() == 4
+    thread = threading.Thread(target=rank.stage, args=("cat", "pixel_values", np.zeros(1)), name="other")
+    thread.start()
+    thread.join()
+    rank.unstage("cat")
+    runner = rank._runner
+    assert runner.calls == [
+        ("load",),
+        ("allocate", 7),
+        ("step", plan),
+        ("stage", "cat", "pixel_values", "other"),
+        ("unstage", "cat"),
+    ]
+    assert runner.comm.world_size == 1
+    rank.close()
+
+
+@pytest.mark.parametrize("stage", ["load", "allocate", "stage", "unstage", "step"])
+def test_a_failure_names_rank_stage_and_cause_in_one_line(stage: str) -> None:
+    rank = worker(model=stage)
+    rank.prepare("127.0.0.1", 5.0)
+    calls = {
+        "load": rank.load,
+        "allocate": lambda: rank.allocate(1),
+        "stage": lambda: rank.stage("cat", "pixel_values", np.zeros(1)),
+        "unstage": lambda: rank.unstage("cat"),
+        "step": lambda: rank.step(wire.encode(StepPlan(0))),
+    }
+    if stage != "load":
+        rank.load()
+    with pytest.raises(RankError) as caught:
+        calls[stage]()
+    assert (caught.value.rank, caught.value.stage) == (0, stage)
+    assert caught.value.cause == "OSError: broken in two lines"
+    assert rank.progress() == -1
+
+
+def test_a_runner_that_is_not_there_fails_at_import() -> None:
+    rank = Worker(wire.encode(CONFIG), "dist_vlm.workers.nowhere:Runner")
+    with pytest.raises(RankError, match="rank 0, import: ModuleNotFoundError"):
+        rank.prepare("127.0.0.1", 5.0)
+
+
+def test_a_gpu_that_is_not_there_fails_at_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RankError, match="rank 0, device: RuntimeError: torch sees no GPU"):
+        worker(device="cuda").prepare("127.0.0.1", 5.0)
+
+
+def test_a_group_that_nobody_hosts_fails_at_join() -> None:
+    rank = worker(rank=1, world_size=2)
+    assert rank.prepare("127.0.0.1", 5.0) == (__version__, 0)
+    with pytest.raises(RankError, match="rank 1, join: "):
+        rank.join("127.0.0.1", 9, 1.0)
+
+
+def test_bytes_that_are_no_config_are_refused() -> None:
+    with pytest.raises(WireError):
+        Worker(b"nonsense")
+
+
+def test_importing_and_building_a_worker_costs_no_torch() -> None:
+    code = "import sys, dist_vlm.workers.worker; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
