@@ -8,6 +8,8 @@ from torch import Tensor
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     """Raises `ValueError` unless `tensor` has `shape`; None stands for any size."""
+    if tensor.shape == shape:
+        return
     actual = tuple(tensor.shape)
     if len(actual) != len(shape) or any(want not in (None, have) for have, want in zip(actual, shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
