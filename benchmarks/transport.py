@@ -63,6 +63,7 @@ def plan_of(step_id: int, num_bytes: int) -> StepPlan:
 def quantiles_us(seconds: list[float]) -> dict[str, float]:
     ordered = sorted(seconds)
     return {
+        "p10_us": round(1e6 * ordered[len(ordered) // 10], 1),
         "median_us": round(1e6 * statistics.median(ordered), 1),
         "p99_us": round(1e6 * ordered[int(0.99 * len(ordered))], 1),
         "max_us": round(1e6 * ordered[-1], 1),
@@ -112,7 +113,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "start_s": round(started, 2),
         "start_stages_s": {stage: round(seconds, 2) for stage, seconds in executor.start_seconds.items()},
         "shutdown_s": round(time.perf_counter() - began, 2),
+        "codec": codec(arguments.plan_bytes),
         **trips,
+    }
+
+
+def codec(num_bytes: int) -> dict[str, float]:
+    """The part of a round trip that is spent in the codec: a plan written once and read by every rank at once."""
+    plan = plan_of(0, num_bytes)
+    written, read = [], []
+    for _ in range(200):
+        began = time.perf_counter()
+        data = wire.encode(plan)
+        middle = time.perf_counter()
+        wire.decode(StepPlan, data)
+        written.append(middle - began)
+        read.append(time.perf_counter() - middle)
+    return {
+        "encode_us": round(1e6 * statistics.median(written), 1),
+        "decode_us": round(1e6 * statistics.median(read), 1),
     }
 
 

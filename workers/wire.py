@@ -44,8 +44,13 @@ def _lower(value: Any) -> Any:
         return [_lower(getattr(value, name)) for name in _field_names(typing.cast(Any, type(value)))]
     if isinstance(value, (tuple, list)):
         # Long tuples of plain ints (prompts, block ids) need no walk.
-        return value if all(type(item) is int for item in value) else [_lower(item) for item in value]
+        return value if _only_ints(value) else [_lower(item) for item in value]
     return value
+
+
+def _only_ints(values: tuple[Any, ...] | list[Any]) -> bool:
+    # A set of types is built in C: an order of magnitude faster than a walk, on what most of a plan is.
+    return set(map(type, values)) <= {int}
 
 
 @functools.cache
@@ -87,7 +92,7 @@ def _tuple_reader(args: tuple[Any, ...]) -> Callable[[Any], Any]:
         if args[0] is int:
 
             def read_ints(value: Any) -> Any:
-                if type(value) is tuple and all(type(entry) is int for entry in value):
+                if type(value) is tuple and _only_ints(value):
                     return value
                 raise WireError("expected an array of integers")
 

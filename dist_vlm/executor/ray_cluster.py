@@ -75,7 +75,8 @@ class RayCluster:
         with suppress(Exception):
             ray.shutdown()
         if self._print_before is not None:
-            importlib.import_module("ray._private.worker").print_to_stdstream = self._print_before
+            worker: Any = importlib.import_module("ray._private.worker")
+            worker.print_to_stdstream = self._print_before
             self._print_before = None
         if self._auth_before is not None:
             _set_auth(self._auth_before)

@@ -17,7 +17,7 @@ from dist_vlm.workers.config import LoadReport, RankConfig
 from dist_vlm.workers.failure import RankError
 from dist_vlm.workers.plan import StepPlan, StepResult
 from dist_vlm.workers.wire import WireError
-from dist_vlm.workers.worker import Worker
+from dist_vlm.workers.worker import Worker, _gpu_ordinal
 
 CONFIG = RankConfig("model", "float32", "cpu", "dummy", 0, 1, 16, 64, 4, 32, 0.9, None, 1, "reference", False, 0)
 
@@ -53,9 +53,7 @@ class Recorder:
 
 
 def worker(**changes: object) -> Worker:
-    built = Worker(wire.encode(dataclasses.replace(CONFIG, **changes)), f"{__name__}:Recorder")  # type: ignore[arg-type]
-    sys.modules.setdefault(__name__, sys.modules[Recorder.__module__])
-    return built
+    return Worker(wire.encode(dataclasses.replace(CONFIG, **changes)), f"{__name__}:Recorder")  # type: ignore[arg-type]
 
 
 def test_the_stages_in_order() -> None:
@@ -132,3 +130,24 @@ def test_bytes_that_are_no_config_are_refused() -> None:
 def test_importing_and_building_a_worker_costs_no_torch() -> None:
     code = "import sys, dist_vlm.workers.worker; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "ordinal"),
+    [(["3"], None, 3), (["5"], "4,5,6", 1), (["GPU-b"], "GPU-a,GPU-b", 1), (["1"], "", 1)],
+)
+def test_the_gpu_that_ray_gave_becomes_the_processes_own_ordinal(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], visible: str | None, ordinal: int
+) -> None:
+    import ray
+
+    class Context:
+        def get_accelerator_ids(self) -> dict[str, list[str]]:
+            return {"GPU": given}
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _gpu_ordinal() == ordinal
