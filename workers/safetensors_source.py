@@ -23,7 +23,8 @@ from dist_vlm.workers.models.spec import CheckpointError
 from dist_vlm.workers.weights import WeightSource
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-CHUNK_BYTES = 4 * 2**20
+# Size of the buffer between file and parameter, by the parameter's device; on a CPU it counts as resident memory.
+CHUNK_BYTES = {"cpu": 2**18, "cuda": 2**22}
 MAX_HEADER_BYTES = 100 * 2**20
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
@@ -46,7 +47,6 @@ class SafetensorsSource(WeightSource):
         self.directory = Path(directory)
         self._entries: dict[str, Entry] = {}
         self._descriptors: dict[Path, int] = {}
-        self._buffer: Tensor | None = None
         if (self.directory / INDEX_FILE).is_file():
             self._read_index(self.directory / INDEX_FILE)
         elif (self.directory / SINGLE_FILE).is_file():
@@ -75,7 +75,6 @@ class SafetensorsSource(WeightSource):
     def close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
-        self._buffer = None
 
     def __del__(self) -> None:
         self.close()
@@ -90,13 +89,19 @@ class SafetensorsSource(WeightSource):
             raise ValueError(f"{name}: a slice of {count} x {span} values cannot fill shape {list(target.shape)}")
         if count == 0 or span == 0:
             return
-        matrix = target.view(count, span)
-        size = DTYPES[entry.dtype].itemsize
-        step = max(1, CHUNK_BYTES // (span * size))
+        matrix, dtype = target.view(count, span), DTYPES[entry.dtype]
+        row_bytes = width * dtype.itemsize
+        offset = entry.offset + first_row * row_bytes + first_column * dtype.itemsize
+        if target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous():
+            self._read_rows(matrix, entry, name, offset=offset, row_bytes=row_bytes)
+            return
+        step = max(1, CHUNK_BYTES[target.device.type] // (span * dtype.itemsize))
+        buffer = torch.empty(min(step, count), span, dtype=dtype, pin_memory=target.device.type == "cuda")
         for start in range(0, count, step):
             part = matrix[start : start + step]
-            offset = entry.offset + ((first_row + start) * width + first_column) * size
-            self._read_part(part, entry, name, offset=offset, row_bytes=width * size)
+            filled = buffer[: part.shape[0]]
+            self._read_rows(filled, entry, name, offset=offset + start * row_bytes, row_bytes=row_bytes)
+            part.copy_(filled)
 
     def _checked_entry(self, name: str, shape: tuple[int, ...]) -> Entry:
         entry = self._entries.get(name)
@@ -109,26 +114,15 @@ class SafetensorsSource(WeightSource):
             raise CheckpointError(f"{where} has dtype {entry.dtype}, must be one of {', '.join(DTYPES)}")
         return entry
 
-    def _read_part(self, part: Tensor, entry: Entry, name: str, *, offset: int, row_bytes: int) -> None:
-        """Fills the matrix `part` from rows that start at `offset` and lie `row_bytes` apart."""
-        dtype = DTYPES[entry.dtype]
-        direct = part.dtype == dtype and part.device.type == "cpu" and part.is_contiguous()
-        filled = part if direct else self._staging(part.numel() * dtype.itemsize, part).view(dtype).view(part.shape)
-        view = filled.flatten().view(torch.uint8).numpy().data
-        span = len(view) // part.shape[0]
+    def _read_rows(self, matrix: Tensor, entry: Entry, name: str, *, offset: int, row_bytes: int) -> None:
+        """Fills a contiguous matrix on the CPU from rows that start at `offset` and lie `row_bytes` apart."""
+        view = matrix.flatten().view(torch.uint8).numpy().data
+        span = len(view) // matrix.shape[0]
         if span == row_bytes:
             self._read(entry.file, name, view, offset)
         else:
-            for row in range(part.shape[0]):
+            for row in range(matrix.shape[0]):
                 self._read(entry.file, name, view[row * span : (row + 1) * span], offset + row * row_bytes)
-        if not direct:
-            part.copy_(filled)
-
-    def _staging(self, num_bytes: int, part: Tensor) -> Tensor:
-        if self._buffer is None or self._buffer.numel() < num_bytes:
-            pinned = part.device.type == "cuda"
-            self._buffer = torch.empty(max(num_bytes, CHUNK_BYTES), dtype=torch.uint8, pin_memory=pinned)
-        return self._buffer[:num_bytes]
 
     def _read(self, file: Path, name: str, view: memoryview, offset: int) -> None:
         descriptor = self._descriptors.get(file)

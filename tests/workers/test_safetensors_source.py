@@ -49,7 +49,7 @@ SLICES = [
 def test_a_slice_equals_the_tensors_own_and_reads_no_more(
     directory, tensors, index, chunk_bytes, dtype, monkeypatch
 ) -> None:
-    monkeypatch.setattr(safetensors_source, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(safetensors_source.CHUNK_BYTES, "cpu", chunk_bytes)
     expected = tensors["matrix"][index]
     target = torch.zeros(expected.shape, dtype=dtype)
     with SafetensorsSource(directory) as source:
@@ -195,7 +195,7 @@ with SafetensorsSource(Path(sys.argv[1])) as source:
 
 @pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.0), ("bfloat16", 0.5)])
 def test_the_peak_while_loading_is_the_parameters_and_a_buffer(tmp_path, dtype, factor) -> None:
-    """Half the columns of a 128 MiB file: neither mapped pages nor a second copy stay resident."""
+    """Half the columns of a 128 MiB file: neither mapped pages nor a second copy of them becomes resident."""
     tensors = {f"w{index}": torch.ones(4096, 1024) for index in range(8)}
     save_file({**tensors, "warm": torch.ones(4, 1024)}, tmp_path / "model.safetensors")
     run = [sys.executable, "-c", PEAK, str(tmp_path), dtype]
@@ -203,4 +203,4 @@ def test_the_peak_while_loading_is_the_parameters_and_a_buffer(tmp_path, dtype, 
     peak, held, read = (int(word) for word in output.split())
     assert held == factor * 64 * 2**20
     assert read == 64 * 2**20 + 4 * 512 * 4
-    assert held <= peak <= 1.2 * held
+    assert 0.99 * held <= peak <= 1.1 * held
