@@ -96,3 +96,8 @@ def test_a_long_prompt_takes_few_bytes() -> None:
 def test_anything_else_is_refused(raw: bytes) -> None:
     with pytest.raises(WireError):
         decode(StepPlan, raw)
+
+
+def test_what_is_no_dataclass_is_not_written() -> None:
+    with pytest.raises(TypeError, match="no writer for set"):
+        encode(StepPlan(0, release={1}))  # type: ignore[arg-type]
