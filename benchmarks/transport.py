@@ -93,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     executor = RayExecutor(config, runner="transport:Echo", transport=arguments.transport)
     began = time.perf_counter()
-    executor.start()
+    info = executor.start()
     started = time.perf_counter() - began
     try:
         trips = round_trips(executor, arguments)
@@ -111,7 +111,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "steps": arguments.steps,
         "in_flight": arguments.in_flight,
         "start_s": round(started, 2),
-        "start_stages_s": {stage: round(seconds, 2) for stage, seconds in executor.start_seconds.items()},
+        "start_stages_s": {stage: round(seconds, 2) for stage, seconds in info.start_seconds.items()},
         "shutdown_s": round(time.perf_counter() - began, 2),
         "codec": codec(arguments.plan_bytes),
         **trips,

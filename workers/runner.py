@@ -45,16 +45,20 @@ class Runner:
             device=self.device,
         )
 
+    @staticmethod
+    def preload(config: RankConfig) -> None:
+        """Imports what loading the configured model needs."""
+        get_family(read_spec(config.model).family).preload()
+
     @torch.inference_mode()
     def load(self) -> LoadReport:
         """Builds the shard and the vision encoder and fills them. Raises `CheckpointError` on a bad checkpoint."""
-        began = time.perf_counter_ns()
+        self.preload(self.config)
+        began, peak = time.perf_counter_ns(), PeakMemory(self.device)
         self.language = self.family.build_language(
             self.spec, comm=self.comm, ops=self.ops, dtype=self.dtype, device=self.device
         )
         self.vision = self.family.build_vision(self.spec, dtype=self.dtype, device=self.device)
-        # The libraries that building imported are no part of what loading takes.
-        peak = PeakMemory(self.device)
         with open_weights(self.config, self.spec) as source:
             self.family.load_language(self.language, self.spec, source)
             self.family.load_vision(self.vision, self.spec, source)

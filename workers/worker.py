@@ -36,7 +36,8 @@ class Worker:
     `ping` and `watch` may be called from other threads while a step runs.
 
     config: a `RankConfig`, encoded.
-    runner: "module:name" of what makes the runner from (config, communicator).
+    runner: "module:name" of what makes the runner from (config, communicator). Its `preload(config)`, if it has
+        one, imports what loading needs.
     """
 
     def __init__(self, config: bytes, runner: str = RUNNER) -> None:
@@ -62,6 +63,8 @@ class Worker:
         with self._stage_named("import"):
             module, _, name = self._runner_name.partition(":")
             self._make_runner: Callable[..., Any] = getattr(import_module(module), name)
+            if hasattr(self._make_runner, "preload"):
+                self._make_runner.preload(config)
             from dist_vlm.workers import comm
         with self._stage_named("device"):
             if config.device == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import logging
 import threading
 from collections import deque
@@ -46,7 +47,6 @@ class RayExecutor(Executor):
     max_in_flight: plans that may be submitted and not collected.
 
     last_results: every rank's answer to the plan collected last, in rank order.
-    start_seconds: stage of the start -> what it took.
     """
 
     def __init__(
@@ -78,7 +78,6 @@ class RayExecutor(Executor):
         self._in_flight: deque[int] = deque()
         self._dead: ExecutorError | None = None
         self.last_results: tuple[StepResult, ...] = ()
-        self.start_seconds: dict[str, float] = {}
 
     def start(self) -> ExecutorInfo:
         if self._actors or self._dead is not None:
@@ -123,8 +122,7 @@ class RayExecutor(Executor):
         )
         self._open_transport(deadline)
         deadline.lap("transport")
-        self.start_seconds = deadline.laps
-        return info
+        return dataclasses.replace(info, start_seconds=deadline.laps)
 
     def _open_transport(self, deadline: Deadline) -> None:
         self._watch = DeathWatch(self._actors, self._on_death)

@@ -12,7 +12,8 @@ import site
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class RayCluster:
         self._joined = False
         self._auth_before: dict[str, str | None] | None = None
         self._print_before: Any = None
+        self._keeper: _Keeper | None = None
 
     def connect(self, address: str | None, *, num_cpus: int, use_gpus: bool, timeout_s: float) -> None:
         """Uses the initialised Ray of this process; else joins `address`; else starts a private Ray.
@@ -109,7 +111,9 @@ class RayCluster:
         if not os.environ.get("RAY_AUTH_MODE"):
             self._auth_before = _set_auth({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
         with _sigterm_kept(), _environment(_worker_environment()), _loopback_only():
-            ray.init(
+            self._keeper = _Keeper()
+            self._keeper.call(
+                ray.init,
                 address="local",
                 num_cpus=num_cpus,
                 # Ray counts the GPUs itself; where none is wanted it need not look.
@@ -129,6 +133,32 @@ class RayCluster:
         self._print_before = getattr(worker, "print_to_stdstream", None)
         if self._print_before is not None:
             worker.print_to_stdstream = lambda data, *_, **__: _log.debug("%s", " ".join(data.get("lines", [])))
+
+
+class _Keeper:
+    """A thread that starts Ray and lives as long as it: Ray's processes ask the kernel to be killed when the thread
+    that started them ends, and the caller's may end at any time."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+
+    def call(self, function: Callable[..., Any], **arguments: Any) -> None:
+        outcome: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                function(**arguments)
+            except BaseException as error:
+                outcome.set_exception(error)
+                return
+            outcome.set_result(None)
+            self._ended.wait()
+
+        threading.Thread(target=run, name="ray-keeper", daemon=True).start()
+        outcome.result()
+
+    def end(self) -> None:
+        self._ended.set()
 
 
 def _worker_environment() -> dict[str, str]:

@@ -1,17 +1,20 @@
 """Asks the checkpoint about held-out pictures and counts the answers that are right to the letter.
 
     python -m examples.demo.evaluate --backend transformers
+    python -m examples.demo.evaluate --backend two-ranks        # this runtime, two tensor-parallel ranks through Ray
 
-Greedy, in float32, on the stored weights. The figures go to figures.json.
+Greedy, in float32, on the stored weights. The figures go to figures.json; equal digests mean equal tokens throughout.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from dist_vlm import LLM, SamplingParams
 from examples.demo.dataset import Example, held_out_examples
 from examples.demo.figures import FOLDER, code_commit, environment, update_figures
 from examples.demo.tokenizer import prompt
@@ -67,8 +71,26 @@ def transformers_answer(checkpoint: Path, device: str) -> Answer:
     return answer
 
 
+def runtime_answer(checkpoint: Path, device: str, *, ranks: int) -> Answer:
+    llm = LLM(str(checkpoint), dtype="float32", device=device, tensor_parallel_size=ranks, kv_cache_memory_gib=0.25)
+    params = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS)
+
+    def answer(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Reply]:
+        asked: list[Any] = [
+            {"prompt": text, "multi_modal_data": {"image": image}} for text, image in zip(prompts, images, strict=True)
+        ]
+        answers = [output.outputs[0] for output in llm.generate(asked, params, use_tqdm=False)]
+        return [Reply(one.text, tuple(one.token_ids)) for one in answers]
+
+    return answer
+
+
 # a backend is a function of the checkpoint's folder and a device
-BACKENDS: dict[str, Callable[[Path, str], Answer]] = {"transformers": transformers_answer}
+BACKENDS: dict[str, Callable[[Path, str], Answer]] = {
+    "transformers": transformers_answer,
+    "one-rank": partial(runtime_answer, ranks=1),
+    "two-ranks": partial(runtime_answer, ranks=2),
+}
 
 
 def ask_all(answer: Answer, examples: Sequence[Example]) -> list[Verdict]:
@@ -89,6 +111,7 @@ def summarize(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "right": right,
         "exact_match": round(right / len(verdicts), 4),
         "by_kind": {kind: f"{sum(found)}/{len(found)}" for kind, found in by_kind.items()},
+        "tokens_digest": hashlib.sha256(repr([v.reply.token_ids for v in verdicts]).encode()).hexdigest()[:16],
     }
 
 

@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 
 START = """
 import json, os, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
 import dist_vlm
 from processes import descendants, listening_on
 from stand_in import RUNNER, rank_config
@@ -38,7 +39,9 @@ def tell(**facts):
 signal.signal(signal.SIGTERM, handler := lambda *_: sys.exit(9))
 executor = RayExecutor(rank_config(2, json.loads(sys.argv[1])), runner=RUNNER, start_timeout_s=90)
 try:
-    executor.start()
+    # In a thread that ends at once: Ray must not end with it.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(executor.start).result()
 except ExecutorError as error:
     tell(error=str(error), children=len(descendants(os.getpid())))
     sys.exit(3)

@@ -66,6 +66,10 @@ class ModelFamily(ABC):
         """Checks `config` (the parsed config.json of `path`) and returns its facts; `CheckpointError` otherwise."""
 
     @abstractmethod
+    def preload(self) -> None:
+        """Imports what building and loading need: seconds, and memory that is no part of the weights'."""
+
+    @abstractmethod
     def build_language(
         self, spec: ModelSpec, *, comm: Communicator, ops: OpSet, dtype: torch.dtype, device: torch.device
     ) -> LanguageModel:

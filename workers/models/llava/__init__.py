@@ -20,6 +20,11 @@ class LlavaFamily(ModelFamily):
     def read_spec(self, path: str, config: dict[str, Any]) -> ModelSpec:
         return llava_config.read_spec(path, config)
 
+    def preload(self) -> None:
+        from transformers.models.llava import configuration_llava  # noqa: F401
+
+        from dist_vlm.workers.models.llava import language, loading, vision  # noqa: F401
+
     def build_language(
         self, spec: ModelSpec, *, comm: Communicator, ops: OpSet, dtype: torch.dtype, device: torch.device
     ) -> LanguageModel:
