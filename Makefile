@@ -9,13 +9,17 @@ PACKAGES := dist_vlm
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test check format clean
+.PHONY: demo test parity check format clean
 
 demo: $(VENV)/.run-installed
 	@$(BIN)/python examples/demo/run.py
 
 test: $(VENV)/.dev-installed
 	@$(BIN)/pytest
+
+# Every point of the parity matrix on 64 prompts; `make test` runs a pairwise part on 16.
+parity: $(VENV)/.dev-installed
+	@$(BIN)/pytest tests/parity --full-matrix
 
 check: $(VENV)/.dev-installed
 	$(BIN)/ruff check

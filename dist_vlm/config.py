@@ -147,6 +147,12 @@ class ParallelConfig:
         None,
         help="Ray cluster to join, auto or HOST:PORT (none: the Ray of this process, else a private one on 127.0.0.1)",
     )
+    transport: str = option(
+        "str",
+        "ray",
+        help="how plans reach the ranks (ray: a compiled graph; direct: unix sockets, on the driver's machine)",
+        choices=("ray", "direct"),
+    )
     start_timeout_s: float = option("float", 300.0, help="seconds the ranks have to start", above=0)
     step_timeout_s: float = option("float", 60.0, help="seconds one step may take", above=0)
     threads_per_rank: int | None = option(

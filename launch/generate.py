@@ -14,13 +14,16 @@ from dist_vlm.config_load import add_config_flags, config_flags, load_config
 if TYPE_CHECKING:
     from dist_vlm import LLM, SamplingParams, TextPrompt
 
-_TEXT = "one answer to a prompt; <image> in the prompt marks the place of each picture, in order"
+_TEXT = (
+    "one answer to a prompt. <image> in the prompt marks the place of each picture, in order, and the prompt is then "
+    "taken as it stands; pictures without it go before the text in the checkpoint's chat template"
+)
 
 
 def add_command(commands: Any) -> None:
     generate = commands.add_parser("generate", help="answer one prompt", description=_TEXT, allow_abbrev=False)
     generate.add_argument("--config", metavar="FILE", help="YAML file; without it --model is needed")
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text, with an <image> for each picture")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text; see above")
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
     generate.add_argument("--no-progress", action="store_true", help="show no progress bar")
     sampling = generate.add_argument_group("sampling (--seed, below, also seeds the request)")
@@ -57,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError("must be an existing file", field="image", value=path, source="--image")
     params = _sampling_params(arguments, seed=config.model.seed if "seed" in flags else None)
     pictures = _open_pictures(arguments.image, config)
-    print(_answer(config, _inputs(arguments.prompt, pictures), params, progress=not arguments.no_progress))
+    print(_answer(config, arguments.prompt, pictures, params, progress=not arguments.no_progress))
 
 
 def _sampling_params(arguments: argparse.Namespace, *, seed: int | None) -> SamplingParams:
@@ -81,13 +84,25 @@ def _open_pictures(paths: list[str], config: EngineConfig) -> list[Any]:
     return [load_image(path, max_pixels=config.vision.max_image_pixels) for path in paths]
 
 
-def _inputs(prompt: str, pictures: list[Any]) -> TextPrompt:
+def _inputs(tokenizer: Any, image_token_id: int | None, prompt: str, pictures: list[Any]) -> TextPrompt:
+    """The prompt as typed where it places its pictures, else as one turn of the checkpoint's chat template."""
     if not pictures:
         return {"prompt": prompt}
-    return {"prompt": prompt, "multi_modal_data": {"image": pictures[0] if len(pictures) == 1 else pictures}}
+    if image_token_id is not None and tokenizer.convert_ids_to_tokens(image_token_id) not in prompt:
+        prompt = _chat_turn(tokenizer, prompt, len(pictures))
+    return {"prompt": prompt, "multi_modal_data": {"image": pictures}}
 
 
-def _answer(config: EngineConfig, inputs: TextPrompt, params: SamplingParams, *, progress: bool) -> str:
+def _chat_turn(tokenizer: Any, text: str, num_pictures: int) -> str:
+    if tokenizer.chat_template is None:
+        raise ValueError("the checkpoint has no chat template: mark the place of each picture in --prompt with <image>")
+    content = [{"type": "image"}] * num_pictures + [{"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    turn: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return turn
+
+
+def _answer(config: EngineConfig, prompt: str, pictures: list[Any], params: SamplingParams, *, progress: bool) -> str:
     from tqdm import tqdm
 
     from dist_vlm import LLM
@@ -97,6 +112,7 @@ def _answer(config: EngineConfig, inputs: TextPrompt, params: SamplingParams, *,
     ) as bar:
         llm = LLM.from_config(config)
         try:
+            inputs = _inputs(llm.get_tokenizer(), config.vision.image_token_id, prompt, pictures)
             return _stream(llm, inputs, params, bar)
         finally:
             llm.shutdown()

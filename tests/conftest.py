@@ -43,6 +43,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random bfloat16 checkpoint of 212 million parameters, 424 MB. Read only."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "small", "--preset", "small")
+
+
+@pytest.fixture(scope="session")
 def tiny_facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint without weights, for tests that only read its JSON files. Read only."""
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-facts", "--preset", "tiny", "--config-only")

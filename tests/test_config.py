@@ -46,6 +46,7 @@ FIELDS = {
         "num_nodes",
         "device",
         "ray_address",
+        "transport",
         "start_timeout_s",
         "step_timeout_s",
         "threads_per_rank",

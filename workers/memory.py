@@ -42,4 +42,5 @@ def kv_cache_bytes(spec: ModelSpec, config: RankConfig, dtype: torch.dtype, work
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     held = torch.cuda.memory_allocated()
     arena = activation_bytes(spec, config, dtype) + image_bytes(spec, config, dtype) + workspace_bytes
-    return int(total * config.gpu_memory_utilization) - held - arena
+    ranks_on_gpu = config.world_size if config.share_gpu else 1
+    return int(total * config.gpu_memory_utilization) // ranks_on_gpu - held - arena

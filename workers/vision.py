@@ -73,6 +73,11 @@ class FeatureStore:
         return tuple(failures)
 
     def _encode_one(self, kind: str, array: np.ndarray) -> torch.Tensor:
+        # torch lets cuDNN round a float32 convolution's operands to TF32; asked for float32, we mean it.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=self.dtype != torch.float32):
+            return self._encode_array(kind, array)
+
+    def _encode_array(self, kind: str, array: np.ndarray) -> torch.Tensor:
         # A staged array is read-only and shared with other ranks: copy it before it becomes a tensor.
         tensor = torch.from_numpy(np.array(array)).to(device=self.device, dtype=self.dtype)
         if kind == "pixel_values":

@@ -134,6 +134,12 @@ class Worker:
             self._last_step = decoded.step_id
             return wire.encode(result)
 
+    def serve(self, path: str, token: str) -> None:
+        """Runs the plans that come through the driver's socket at `path`, until the driver closes it."""
+        from dist_vlm.workers.serve import serve
+
+        serve(self.step, rank=self.rank, path=path, token=token)
+
     def progress(self) -> int:
         """The last step this rank finished, -1 before the first."""
         return self._last_step

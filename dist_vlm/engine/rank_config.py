@@ -24,6 +24,7 @@ def executor_for(config: EngineConfig) -> Executor:
         ray_address=parallel.ray_address,
         start_timeout_s=parallel.start_timeout_s,
         step_timeout_s=parallel.step_timeout_s,
+        transport=parallel.transport,
     )
 
 

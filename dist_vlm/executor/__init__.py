@@ -19,12 +19,13 @@ def make_executor(
     ray_address: str | None = None,
     start_timeout_s: float = 300.0,
     step_timeout_s: float = 60.0,
+    transport: str = "ray",
 ) -> Executor:
     """Builds an executor; nothing starts before its `start`.
 
     name: "ray", "inline" (one rank in this process) or "fake" (no rank: scripted answers).
     num_blocks: KV blocks a rank allocates; None takes what fits (the fake: its own default).
-    ray_address, start_timeout_s, step_timeout_s: for "ray" only.
+    ray_address, start_timeout_s, step_timeout_s, transport: for "ray" only.
     """
     if name == "ray":
         from dist_vlm.executor.ray import RayExecutor
@@ -35,6 +36,7 @@ def make_executor(
             ray_address=ray_address,
             start_timeout_s=start_timeout_s,
             step_timeout_s=step_timeout_s,
+            transport=transport,
         )
     if name == "inline":
         from dist_vlm.executor.inline import InlineExecutor

@@ -18,7 +18,8 @@ from dist_vlm.executor.deadline import Deadline
 from dist_vlm.executor.ray_cluster import RayCluster
 from dist_vlm.executor.ray_start import create_actors, start_ranks
 from dist_vlm.executor.staging import ImageStaging
-from dist_vlm.executor.transport import TRANSPORTS, Transport, TransportClosedError, TransportTimeoutError
+from dist_vlm.executor.transport import Transport, TransportClosedError, TransportTimeoutError
+from dist_vlm.executor.transport_choice import TRANSPORTS
 from dist_vlm.executor.watch import DeathWatch
 from dist_vlm.workers import wire
 from dist_vlm.workers.config import RankConfig
@@ -45,6 +46,8 @@ class RayExecutor(Executor):
     step_timeout_s: how long `collect` waits for one plan.
     num_blocks: KV blocks to allocate; None takes what fits the tightest rank.
     max_in_flight: plans that may be submitted and not collected.
+
+    transport: "ray" (a compiled graph) or "direct" (unix sockets; the ranks must be on the driver's machine).
 
     last_results: every rank's answer to the plan collected last, in rank order.
     """

@@ -107,6 +107,3 @@ class GraphTransport(Transport):
             self._closed = True
         with suppress(Exception):
             self._graph.teardown()
-
-
-TRANSPORTS: dict[str, type[GraphTransport]] = {"ray": GraphTransport}

@@ -54,9 +54,7 @@ def pair(shared_ray: object) -> Iterator[Pair]:
     info = executor.start()
     assert info.num_blocks == 100
     assert [report.num_blocks for report in info.reports] == [100, 110]
-    assert sorted(info.start_seconds) == sorted(
-        ["ray", "placement", "actor", "join", "load", "allocate", "transport"]
-    )
+    assert sorted(info.start_seconds) == sorted(["ray", "placement", "actor", "join", "load", "allocate", "transport"])
     yield Pair(executor)
     executor.shutdown()
 

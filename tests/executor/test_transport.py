@@ -16,7 +16,8 @@ from stand_in import RUNNER, rank_config
 from dist_vlm.executor import placement
 from dist_vlm.executor.deadline import Deadline
 from dist_vlm.executor.ray_start import create_actors, start_ranks
-from dist_vlm.executor.transport import TRANSPORTS, Transport, TransportClosedError, TransportTimeoutError
+from dist_vlm.executor.transport import Transport, TransportClosedError, TransportTimeoutError
+from dist_vlm.executor.transport_choice import TRANSPORTS
 from dist_vlm.workers import wire
 from dist_vlm.workers.failure import RankError
 from dist_vlm.workers.plan import NewSequence, SamplingRow, StepPlan, StepResult

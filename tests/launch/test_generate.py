@@ -37,6 +37,9 @@ class ScriptedLLM:
             if self.failure is not None:
                 raise self.failure
 
+    def get_tokenizer(self) -> Any:
+        return SimpleNamespace(chat_template=None, convert_ids_to_tokens={32000: "<image>"}.get)
+
     def shutdown(self) -> None:
         self.closed = True
 
@@ -70,7 +73,7 @@ def test_pictures_and_prompt_go_in_and_the_answer_comes_out(
     (made,) = llm.made
     assert made.closed
     assert made.inputs["prompt"] == "<image> what?"
-    assert made.inputs["multi_modal_data"]["image"].size == (8, 6)
+    assert [one.size for one in made.inputs["multi_modal_data"]["image"]] == [(8, 6)]
     assert (made.params.max_tokens, made.params.top_k, made.params.temperature, made.params.seed) == (9, 5, 0.5, 7)
     assert (made.config.parallel.tensor_parallel_size, made.config.model.seed) == (2, 7)
     assert made.config.model.max_model_len == 2048
@@ -141,23 +144,26 @@ def test_a_failure_of_the_run_ends_the_engine_and_is_one_line(
     assert llm.made[0].closed
 
 
-def test_the_real_engine_gives_the_answer_of_the_reference(
-    tiny_checkpoint: Path, picture: str, capfd: pytest.CaptureFixture[str]
+def test_pictures_without_a_place_or_a_template_are_refused(
+    llm: type[ScriptedLLM], picture: str, tiny_facts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompt = "USER: <image>\nwhat is this? ASSISTANT:"
-    words = [
-        "--model",
-        str(tiny_checkpoint),
-        "--executor",
-        "inline",
-        "--device",
-        "cpu",
-        "--kv-cache-memory-gib",
-        "0.01",
-    ]
-    words += ["--threads-per-rank", "1", "--image", picture, "--prompt", prompt, "--max-tokens", "6"]
+    words = ["--model", str(tiny_facts), "--prompt", "what?", "--image", picture, "--no-progress"]
+    assert cli.main(["generate", *words]) == 1
+    assert "no chat template: mark the place of each picture in --prompt with <image>" in capsys.readouterr().err
+    assert llm.made[0].closed
+
+
+@pytest.mark.parametrize("typed", ["USER: <image>\nwhat is this? ASSISTANT:", "what is this?"])
+def test_the_real_engine_gives_the_answer_of_the_reference(
+    typed: str, tiny_checkpoint: Path, picture: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With the prompt as it stands, and with a question that the chat template turns into the same prompt."""
+    words = ["--model", str(tiny_checkpoint), "--executor", "inline", "--device", "cpu"]
+    words += ["--kv-cache-memory-gib", "0.01", "--threads-per-rank", "1"]
+    words += ["--image", picture, "--prompt", typed, "--max-tokens", "6"]
     assert cli.main(["generate", *words]) == 0
     out, err = capfd.readouterr()
+    prompt = "USER: <image>\nwhat is this? ASSISTANT:"
     assert out == _reference_answer(tiny_checkpoint, picture, prompt, max_tokens=6) + "\n"
     assert "done" in err
 

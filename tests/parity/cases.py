@@ -36,7 +36,7 @@ def noise_cases(*, with_images: bool) -> tuple[Case, ...]:
     """Pictures of noise and shapes in eight sizes, for a checkpoint of random weights."""
     cases = []
     for request in _workload().requests(NUM_CASES, seed=3):
-        words = " ".join(request.question.split()[:8])
+        words = " ".join(request.question.split()[:5])
         if with_images:
             cases.append(Case(f"USER: <image>\n{words}? ASSISTANT:", request.image))
         else:

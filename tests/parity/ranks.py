@@ -12,7 +12,7 @@ from dist_vlm.llm import LLM
 from .borrowed import BorrowedExecutor
 
 # Sizes the ranks are started with; an engine over them may claim less.
-_STARTED_WITH = {"max_model_len": 512, "max_num_seqs": 64, "max_num_batched_tokens": 8192, "dtype": "float32"}
+_STARTED_WITH = {"max_model_len": 512, "max_num_seqs": 64, "max_num_batched_tokens": 8192}
 
 
 class Ranks:
@@ -35,13 +35,14 @@ class Ranks:
         max_model_len: int = 512,
         executor: str = "ray",
         kernels: str = "torch",
+        dtype: str = "float32",
     ) -> tuple[LLM, BorrowedExecutor]:
         """An LLM over started ranks, with its own token budget and its own number of KV blocks."""
         self._end_loan()
-        key = (checkpoint, num_ranks, f"{executor} {kernels}")
+        key = (checkpoint, num_ranks, f"{executor} {kernels} {dtype}")
         if key != self._key:
             self.close()
-            config = self._config(checkpoint, num_ranks, executor, kernels)
+            config = self._config(checkpoint, num_ranks, executor, kernels, dtype)
             self._executor = executor_for(resolve(config))
             self._info = self._executor.start()
             self._key, self._next_step_id = key, 0
@@ -49,17 +50,18 @@ class Ranks:
         self._loan = BorrowedExecutor(
             self._executor, self._info, first_step_id=self._next_step_id, num_blocks=num_blocks
         )
-        config = self._config(checkpoint, num_ranks, executor, kernels).replace(
+        config = self._config(checkpoint, num_ranks, executor, kernels, dtype).replace(
             max_num_batched_tokens=budget, max_model_len=max_model_len
         )
         return LLM.from_config(config, executor=self._loan), self._loan
 
-    def _config(self, checkpoint: Path, num_ranks: int, executor: str, kernels: str) -> EngineConfig:
+    def _config(self, checkpoint: Path, num_ranks: int, executor: str, kernels: str, dtype: str) -> EngineConfig:
         return EngineConfig.from_fields(
             model=str(checkpoint),
             tensor_parallel_size=num_ranks,
             executor=executor,
             kernels=kernels,
+            dtype=dtype,
             device="cpu",
             kv_cache_memory_gib=0.125,
             **_STARTED_WITH,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,15 @@ class Reference:
         return self._inputs(case.prompt, case.images)["input_ids"][0].tolist()
 
     @torch.inference_mode()
-    def greedy(self, prompt: str, images: list[Image.Image], max_tokens: int) -> list[int]:
+    def greedy(self, prompt: str, images: list[Image.Image], max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
         """The generated tokens, the end-of-sequence token included where it came."""
         inputs = self._inputs(prompt, images)
-        tokens = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        settings = copy.deepcopy(self.model.generation_config)
+        settings.update(do_sample=False, max_new_tokens=max_tokens)
+        if ignore_eos:
+            # None would be filled in again from the checkpoint; no token has this id.
+            settings.eos_token_id = self.model.config.text_config.vocab_size
+        tokens = self.model.generate(**inputs, generation_config=settings)
         return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
     @torch.inference_mode()
@@ -61,6 +68,12 @@ def reference_for(checkpoint: Path) -> Reference:
 
 
 @functools.cache
-def expected_tokens(checkpoint: Path, cases: tuple[Case, ...], max_tokens: int) -> list[list[int]]:
-    reference = reference_for(checkpoint)
-    return [reference.greedy(case.prompt, case.images, max_tokens) for case in cases]
+def _expected(checkpoint: Path, case: Case, max_tokens: int, ignore_eos: bool) -> list[int]:
+    return reference_for(checkpoint).greedy(case.prompt, case.images, max_tokens, ignore_eos=ignore_eos)
+
+
+def expected_tokens(
+    checkpoint: Path, cases: Sequence[Case], max_tokens: int, *, ignore_eos: bool = False
+) -> list[list[int]]:
+    """Computed once for each case, whatever points ask for it."""
+    return [_expected(checkpoint, case, max_tokens, ignore_eos) for case in cases]
