@@ -48,12 +48,23 @@ class Transport(ABC):
         """Ends the loops on the ranks. The ranks must be idle or dead: a stuck one is killed first."""
 
 
+def _carry_no_tensors(_: Any) -> None:
+    """Runs on a rank. Plans are bytes, but a rank that Ray gave a GPU would enter that GPU's context for each, by its
+    place in CUDA_VISIBLE_DEVICES, which Ray is asked to leave unset; it fails there and the graph's loop ends."""
+    from ray.experimental.channel.accelerator_context import register_accelerator_context
+    from ray.experimental.channel.cpu_communicator import CPUCommunicator
+
+    register_accelerator_context("cpu", CPUCommunicator)
+
+
 class GraphTransport(Transport):
     """A Ray compiled graph over the actors' `step`: one shared-memory buffer to all ranks, one back from each."""
 
     def __init__(self, actors: Sequence[Any], *, depth: int, send_timeout_s: float) -> None:
+        import ray
         from ray.dag import InputNode, MultiOutputNode
 
+        ray.get([actor.__ray_call__.remote(_carry_no_tensors) for actor in actors], timeout=send_timeout_s)
         self._depth = depth
         self._unanswered: deque[list[Any]] = deque()
         self._closing = threading.Lock()

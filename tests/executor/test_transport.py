@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -138,3 +140,40 @@ def test_close_in_another_thread_ends_a_receive(start: Callable[..., Ends], name
     with pytest.raises((TransportClosedError, RankError)):
         ends.receive(timeout_s=20)
     assert time.monotonic() - began < 2.5
+
+
+WITH_GPUS = """
+import ray
+from dist_vlm.executor.transport_choice import TRANSPORTS
+from dist_vlm.workers.serve import serve
+
+@ray.remote(num_gpus=1)
+class Rank:
+    def step(self, plan):
+        return plan.upper()
+
+    def serve(self, path, token):
+        serve(self.step, rank=0, path=path, token=token)
+
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+for name, make in sorted(TRANSPORTS.items()):
+    rank = Rank.remote()
+    transport = make([rank], depth=2, send_timeout_s=20)
+    transport.send(b"plan")
+    print(name, transport.receive(20), flush=True)
+    ray.kill(rank)
+    transport.close()
+"""
+
+
+def test_a_rank_that_ray_gave_a_gpu_and_no_visible_devices_answers() -> None:
+    """A declared GPU is enough: what fails is what Ray makes of the variables. In a process and a Ray of its own."""
+    environment = os.environ | {
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [sys.executable, "-c", WITH_GPUS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    assert done.stdout == "".join(f"{name} [b'PLAN']\n" for name in sorted(TRANSPORTS)), done.stderr[-2000:]
