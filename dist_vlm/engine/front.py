@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dist_vlm.config import EngineConfig
 from dist_vlm.engine.images import ImagePreparer
@@ -42,12 +44,24 @@ def load_front(config: EngineConfig) -> Front:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """The checkpoint's tokenizer, from local files alone."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = _tokenizer_class(path).from_pretrained(path, local_files_only=True)
     except Exception as error:
         raise ValueError(f"tokenizer = {path!r}: cannot be loaded ({type(error).__name__}: {error})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer = {path!r}: a {type(tokenizer).__name__}; must be a fast tokenizer")
     return tokenizer
+
+
+def _tokenizer_class(path: str) -> Any:
+    """The class to load with. Where the checkpoint names the generic one, asking `AutoTokenizer` for it would only
+    cost seconds of imports."""
+    import transformers
+
+    file = Path(path) / "tokenizer_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer

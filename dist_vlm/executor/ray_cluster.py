@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import secrets
@@ -110,7 +111,7 @@ class RayCluster:
         self.private = True
         if not os.environ.get("RAY_AUTH_MODE"):
             self._auth_before = _set_auth({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
-        with _sigterm_kept(), _environment(_worker_environment()), _loopback_only():
+        with _sigterm_kept(), _environment(_worker_environment()), _loopback_only(), _without_helpers():
             self._keeper = _Keeper()
             self._keeper.call(
                 ray.init,
@@ -246,6 +247,23 @@ def _loopback_only() -> Iterator[None]:
         yield
     finally:
         constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _without_helpers() -> Iterator[None]:
+    """Starts Ray without its autoscaler and its forwarder of logs, a second of processor time each: a private Ray
+    has one node, and the ranks' output stays in their logs. Ray offers no public switch; where the private one is
+    gone, they start."""
+    parameter: Any = importlib.import_module("ray._private.parameter")
+    before = parameter.RayParams
+    known = inspect.signature(before.__init__).parameters
+    wanted = {"no_monitor": True, "include_log_monitor": False}
+    lean = {name: value for name, value in wanted.items() if name in known}
+    parameter.RayParams = lambda *args, **kwargs: before(*args, **(lean | kwargs))
+    try:
+        yield
+    finally:
+        parameter.RayParams = before
 
 
 @contextmanager
