@@ -126,6 +126,13 @@ def test_the_figures_meet_what_is_promised() -> None:
         assert found["exact_match"] >= 0.95
 
 
+def test_the_runtime_gave_the_tokens_of_transformers() -> None:
+    """Measured on all 500; `tests/parity` asks again, about fewer."""
+    evaluation = json.loads((FOLDER / "figures.json").read_text())["evaluation"]
+    digests = {evaluation[backend]["tokens_digest"] for backend in ("transformers", "one-rank", "two-ranks")}
+    assert len(digests) == 1
+
+
 def test_only_the_exact_text_counts_as_right() -> None:
     example = held_out_examples(1, seed=0)[0]
     wanted = example.qa.answer
