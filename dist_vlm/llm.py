@@ -16,6 +16,7 @@ from dist_vlm.config import EngineConfig, resolve
 from dist_vlm.engine.arg_utils import engine_config
 from dist_vlm.engine.core import EngineCore
 from dist_vlm.engine.front import Front, load_front
+from dist_vlm.engine.messages import EngineOutput
 from dist_vlm.engine.processor import ProcessedPrompt
 from dist_vlm.engine.rank_config import executor_for
 from dist_vlm.engine.request_log import RequestLog
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 # Requests prepared between two steps while a long list is worked off: pictures are decoded as they are needed.
 _PREPARED_PER_STEP = 16
+# Beyond this, pictures wait in the caller's form; at least one request is always let in.
+_MAX_STAGED_BYTES = 512 << 20
 
 _Job = tuple[Any, SamplingParams]
 
@@ -102,9 +105,13 @@ class LLM:
             raise ValueError(
                 f"replicas = {config.parallel.replicas}: an LLM drives one tensor-parallel group; must be 1 here"
             )
+        if not config.observability.disable_log_stats:
+            raise ValueError("disable_log_stats = False: not served by this version; leave it at True")
         self.config = config
         self._dead: ExecutorError | None = None
         self._ids = itertools.count()
+        # What a step told of requests whose run was not the one that asked for the step.
+        self._news: deque[EngineOutput] = deque()
         self._core = EngineCore(
             executor or executor_for(config),
             block_size=config.cache.block_size,
@@ -195,42 +202,63 @@ class LLM:
     # --------------------------------------------------------------- the loop
 
     def _run(self, jobs: Iterable[_Job], *, raise_errors: bool) -> Iterator[RequestOutput]:
+        """Works jobs off and yields their outputs. Several runs may be under way: each step serves all of them."""
+        waiting = deque((str(next(self._ids)), job) for job in jobs)
+        mine: dict[str, RequestLog] = {}
+        try:
+            while waiting or mine:
+                yield from self._submit_some(waiting, mine, raise_errors=raise_errors)
+                news = [self._news.popleft() for _ in range(len(self._news))]
+                if not any(one.request_id in mine for one in news) and mine:
+                    news.extend(self._step())
+                self._news.extend(one for one in news if one.request_id not in mine)
+                for one in news:
+                    if one.request_id in mine:
+                        output = mine[one.request_id].take(one)
+                        if output.finished:
+                            del mine[one.request_id]
+                        if output.error is not None and raise_errors:
+                            raise ValueError(f"the request failed: {output.error}")
+                        yield output
+        finally:
+            for request_id in mine:
+                self._core.abort(request_id)
+            self._news = deque(one for one in self._news if one.request_id not in mine)
+
+    def _step(self) -> list[EngineOutput]:
+        """One step of the engine. Whatever goes wrong in it, an interrupt too, ends the engine: its books and the
+        ranks' no longer agree."""
+        self._check_alive()
+        try:
+            return self._core.step()
+        except ExecutorError as error:
+            self._dead = error
+            self.shutdown()
+            raise
+        except BaseException as error:
+            self._dead = ExecutorError("step", f"the engine was broken off by {type(error).__name__}")
+            self.shutdown()
+            raise
+
+    def _check_alive(self) -> None:
         if self._dead is not None:
             raise self._dead
         if not self._finalizer.alive:
             raise RuntimeError("this LLM is shut down")
-        waiting = deque((str(next(self._ids)), job) for job in jobs)
-        logs: dict[str, RequestLog] = {}
-        try:
-            while waiting or logs:
-                yield from self._submit_some(waiting, logs, raise_errors=raise_errors)
-                if not logs:
-                    continue
-                for news in self._core.step():
-                    output = logs[news.request_id].take(news)
-                    if output.finished:
-                        del logs[news.request_id]
-                    yield output
-        except ExecutorError as error:
-            self._dead = error
-            logs.clear()
-            self.shutdown()
-            raise
-        finally:
-            for request_id in logs:
-                self._core.abort(request_id)
 
     def _submit_some(
-        self, waiting: deque[tuple[str, _Job]], logs: dict[str, RequestLog], *, raise_errors: bool
+        self, waiting: deque[tuple[str, _Job]], mine: dict[str, RequestLog], *, raise_errors: bool
     ) -> Iterator[RequestOutput]:
-        """Prepares a few more requests while fewer than two rounds of slots are in the engine; yields the failed."""
+        """Prepares a few more requests while fewer than two rounds of slots, and not too many bytes of images, are in
+        the engine; yields the failed."""
         limit = 2 * self.config.scheduler.max_num_seqs
         for _ in range(_PREPARED_PER_STEP):
-            if not waiting or len(logs) >= limit:
+            if not waiting or len(mine) >= limit or (mine and self._core.staged_bytes > _MAX_STAGED_BYTES):
                 return
+            self._check_alive()
             request_id, (inputs, params) = waiting.popleft()
             try:
-                processed = self._front.processor.process(request_id, inputs, params)
+                processed = self._prepare(request_id, inputs, params)
                 self._core.add(processed.request)
             except ValueError as error:
                 if raise_errors:
@@ -238,7 +266,17 @@ class LLM:
                 _log.warning("request %s failed: %s", request_id, error)
                 yield _failed(request_id, inputs, str(error))
                 continue
-            logs[request_id] = self._new_log(processed, params)
+            mine[request_id] = self._new_log(processed, params)
+
+    def _prepare(self, request_id: str, inputs: Any, params: SamplingParams) -> ProcessedPrompt:
+        """Raises `ValueError` alone: what else a library raises on a request's data goes to the log."""
+        try:
+            return self._front.processor.process(request_id, inputs, params)
+        except (ValueError, ExecutorError):
+            raise
+        except Exception as error:
+            _log.exception("request %s could not be prepared", request_id)
+            raise ValueError(f"the request could not be prepared ({type(error).__name__})") from error
 
     def _new_log(self, processed: ProcessedPrompt, params: SamplingParams) -> RequestLog:
         return RequestLog(
@@ -273,7 +311,11 @@ def _jobs(inputs: Any, sampling_params: SamplingParams | Sequence[SamplingParams
         sampling_params = SamplingParams()
     if isinstance(sampling_params, SamplingParams):
         return [(prompt, sampling_params) for prompt in prompts]
-    if not _is_batch(sampling_params) or len(sampling_params) != len(prompts):
+    if not _is_batch(sampling_params):
+        raise ValueError(
+            f"sampling_params of type {type(sampling_params).__name__}: must be a SamplingParams or a list"
+        )
+    if len(sampling_params) != len(prompts):
         raise ValueError(
             f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts: must be one, or one each"
         )

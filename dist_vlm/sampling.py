@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -132,7 +131,8 @@ def _integer(name: str, value: Any, *, low: int, high: int | None = None, option
 
 
 def _number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # A larger whole number than a float can hold is no number here.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
     if not is_number or not fits(value):
         raise ValueError(f"{name} = {value!r}: must be {allowed}")
 

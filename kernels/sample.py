@@ -19,10 +19,10 @@ from dist_vlm.kernels.philox import uniform_noise
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """[rows, vocab] -> int64 [rows]."""
+    """[rows, vocab] -> int64 [rows]. A row with NaN has no highest logit; its token is some id of the vocabulary."""
     best = logits.max(dim=-1, keepdim=True).values
     ids = torch.arange(logits.shape[-1], device=logits.device)
-    return torch.where(logits == best, ids, logits.shape[-1]).min(dim=-1).values
+    return torch.where(logits == best, ids, logits.shape[-1] - 1).min(dim=-1).values
 
 
 def draw(

@@ -127,6 +127,12 @@ def bad_inputs():
             r"shape \(1, 16, 63\); must be \(1, 16, 64\)",
         ),
         ("empty prompt", "", "prompt is empty"),
+        ("half a surrogate", "bad \ud800", "half of a surrogate pair"),
+        (
+            "a line of pixels",
+            {"prompt": "<image>", "multi_modal_data": {"image": Image.new("1", (1, 500_000))}},
+            "500000 times longer than wide",
+        ),
     ]
 
 
@@ -146,12 +152,88 @@ def test_bad_requests_fail_alone_by_name_and_the_others_tokens_are_unchanged(tin
     for output, (name, _, message) in zip(failed, bad, strict=True):
         assert output.finished, name
         assert output.outputs[0].finish_reason == "error"
-        assert pytest.approx(0) == len(output.outputs[0].token_ids)
+        assert output.outputs[0].token_ids == []
         with pytest.raises(ValueError, match=message):
             raise ValueError(output.error)
         assert f"request {output.request_id} failed: {output.error}" in caplog.text
     assert [output.outputs[0].token_ids for output in outputs if output.error is None] == quiet
     assert again == quiet
+
+
+def test_numbers_that_overflow_in_the_model_fail_their_request_alone(tiny_checkpoint):
+    """Finite as given; the projector makes infinities of them, and of those come logits that are no numbers."""
+    huge = {"prompt": "<image>", "multi_modal_data": ImageFeatureData(torch.full((1, 16, 64), 3e38))}
+    with LLM(str(tiny_checkpoint), executor="inline", device="cpu", max_model_len=128, max_num_seqs=4) as llm:
+        quiet = tokens_of(llm.generate([with_image(1), "text"], GREEDY, use_tqdm=False))
+        outputs = llm.generate([with_image(1), huge, "text"], GREEDY, use_tqdm=False)
+        assert outputs[1].error == "the model's logits are not finite numbers"
+        assert tokens_of([outputs[0], outputs[2]]) == quiet
+        with pytest.raises(ValueError, match="logits are not finite"):
+            llm.generate(huge, GREEDY, use_tqdm=False)
+        assert tokens_of(llm.generate([with_image(1), "text"], GREEDY, use_tqdm=False)) == quiet
+
+
+def test_extreme_sampling_values_reach_no_rank_unbounded(fake_llm):
+    llm = fake_llm()
+    for values in ({"top_k": 2**64}, {"temperature": 10**30}, {"top_p": 1e-30}):
+        params = SamplingParams(max_tokens=2, ignore_eos=True, **values)
+        (output,) = llm.generate(["hello"], params, use_tqdm=False)
+        assert output.error is None
+    spoilt = SamplingParams()
+    spoilt.top_p = float("nan")
+    with pytest.raises(ValueError, match="top_p = nan"):
+        llm.generate("hello", spoilt, use_tqdm=False)
+
+
+def test_what_nobody_foresaw_fails_its_request_alone(fake_llm, monkeypatch, caplog):
+    llm = fake_llm()
+    prepare = llm._front.processor.process
+
+    def fail_some(request_id, inputs, params):
+        if inputs == "bad":
+            raise MemoryError("secret address 0x7f00")
+        return prepare(request_id, inputs, params)
+
+    monkeypatch.setattr(llm._front.processor, "process", fail_some)
+    bad, good = llm.generate(["bad", "good"], GREEDY, use_tqdm=False)
+    assert bad.error == "the request could not be prepared (MemoryError)"
+    assert tokens_of([good]) == [scripted(good, 6)]
+    assert "0x7f00" in caplog.text
+
+
+def test_an_image_that_fails_on_the_ranks_raises_for_a_single_prompt_and_is_told_in_a_batch(fake_llm):
+    key = fake_llm()._front.processor.process("x", with_image(5), GREEDY).request.images[0].span.image
+    llm = fake_llm(fail_images={key: "the image could not be encoded"})
+    with pytest.raises(ValueError, match="the request failed: the image could not be encoded"):
+        llm.generate(with_image(5), GREEDY, use_tqdm=False)
+    bad, good = llm.generate([with_image(5), with_image(6)], GREEDY, use_tqdm=False)
+    assert (bad.error, good.error) == ("the image could not be encoded", None)
+    assert tokens_of([good]) == [scripted(good, 6)]
+
+
+def test_runs_may_interleave(fake_llm):
+    llm = fake_llm()
+    first = llm.stream("a", GREEDY)
+    next(first)
+    second = llm.generate(["b", "c"], GREEDY, use_tqdm=False)
+    rest = list(first)
+    assert tokens_of(second) == [scripted(output, 6) for output in second]
+    assert rest[-1].finished
+    assert rest[-1].outputs[0].token_ids == scripted(rest[-1], 6)
+    assert not llm._news
+
+
+def test_an_interrupt_ends_the_engine_by_name(fake_llm, monkeypatch):
+    llm = fake_llm()
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm._core, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("a", GREEDY, use_tqdm=False)
+    with pytest.raises(ExecutorError, match="broken off by KeyboardInterrupt"):
+        llm.generate("a", GREEDY, use_tqdm=False)
 
 
 def test_a_single_bad_prompt_raises(fake_llm):
@@ -206,6 +288,8 @@ def test_a_shut_down_llm_says_so(fake_llm):
 
 
 def test_what_an_llm_cannot_be_is_refused(tiny_facts):
+    with pytest.raises(ValueError, match="disable_log_stats = False"):
+        LLM(str(tiny_facts), disable_log_stats=False)
     with pytest.raises(ValueError, match="replicas = 2"):
         LLM.from_config(EngineConfig.from_fields(model=str(tiny_facts), replicas=2))
     with pytest.raises(ConfigError, match="quantization"):

@@ -19,7 +19,8 @@ PROGRAM = """
 import json, sys
 from dist_vlm import LLM
 try:
-    LLM(sys.argv[1], tensor_parallel_size=2, max_model_len=128, start_timeout_s=60, **json.loads(sys.argv[2]))
+    values = {"device": "cpu", **json.loads(sys.argv[2])}
+    LLM(sys.argv[1], tensor_parallel_size=2, max_model_len=128, start_timeout_s=60, **values)
 except Exception as error:
     print(f"{type(error).__name__}: {error}")
     sys.exit(3)

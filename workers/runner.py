@@ -17,7 +17,7 @@ from dist_vlm.workers.memory import kv_cache_bytes
 from dist_vlm.workers.models import get_family, read_spec
 from dist_vlm.workers.pack import pack
 from dist_vlm.workers.peak_memory import PeakMemory
-from dist_vlm.workers.plan import SampledTokens, Slice, StepCounters, StepPlan, StepResult
+from dist_vlm.workers.plan import SampledTokens, Slice, SlotFailure, StepCounters, StepPlan, StepResult
 from dist_vlm.workers.sampler import sample_tokens
 from dist_vlm.workers.slots import SlotTable
 from dist_vlm.workers.vision import FeatureStore, ImageStore
@@ -108,15 +108,16 @@ class Runner:
         self._apply(plan)
         image_failures = self.features.encode(plan.encode, self.images)
         slices = [piece for piece in plan.slices if self._is_computable(piece)]
-        sampled = self._compute(slices) if slices else ()
+        sampled, slot_failures = self._compute(slices) if slices else ((), ())
         return StepResult(
             step_id=plan.step_id,
             rank=self.config.rank,
             sampled=sampled,
             image_failures=image_failures,
+            slot_failures=slot_failures,
             counters=StepCounters(
                 num_collectives=self.comm.count.total - collectives,
-                num_encoded_images=len(plan.encode),
+                num_encoded_images=len(plan.encode) - len(image_failures),
                 busy_us=(time.perf_counter_ns() - began) // 1000,
             ),
         )
@@ -144,20 +145,27 @@ class Runner:
             )
         return not sequence.failed
 
-    def _compute(self, slices: Sequence[Slice]) -> tuple[SampledTokens, ...]:
+    def _compute(self, slices: Sequence[Slice]) -> tuple[tuple[SampledTokens, ...], tuple[SlotFailure, ...]]:
+        """Samples where slices ask for it; a slot whose logits are not finite fails alone."""
         batch = pack(slices, slots=self.slots, features=self.features.features, empty_features=self._no_features)
         logits = self.language.forward(batch, self.kv_cache)
         sampling = [piece for piece in slices if piece.sample]
         if not sampling:
-            return ()
+            return (), ()
         positions = [piece.start + piece.count for piece in sampling]
         rows = [self.slots.sequence(piece.slot).sampling for piece in sampling]
         tokens = sample_tokens(logits, rows, positions)
         slot_ids = torch.tensor([piece.slot for piece in sampling], device=self.device)
         self.slots.write_sampled(slot_ids, torch.tensor(positions, device=self.device), tokens)
-        return tuple(
-            SampledTokens(piece.slot, (token,)) for piece, token in zip(sampling, tokens.tolist(), strict=True)
-        )
+        finite = torch.isfinite(logits).all(dim=-1).tolist()
+        sampled, failures = [], []
+        for piece, token, is_finite in zip(sampling, tokens.tolist(), finite, strict=True):
+            if is_finite:
+                sampled.append(SampledTokens(piece.slot, (token,)))
+            else:
+                self.slots.sequence(piece.slot).failed = True
+                failures.append(SlotFailure(piece.slot, "the model's logits are not finite numbers"))
+        return tuple(sampled), tuple(failures)
 
 
 def _num_parameters(module: torch.nn.Module) -> int:

@@ -14,7 +14,7 @@ from dist_vlm.workers.plan import ImageSpan, NewSequence, SamplingRow, Slice
 class Sequence:
     """The part of `NewSequence` that stays on the host.
 
-    failed: an image the sequence needed could not be encoded; nothing more of it is computed.
+    failed: an image it needed could not be encoded, or its logits were not finite; nothing more of it is computed.
     """
 
     num_prompt_tokens: int

@@ -48,7 +48,7 @@ class FeatureStore:
 
     def drop(self, keys: Sequence[str]) -> None:
         for key in keys:
-            del self.features[key]
+            self.features.pop(key, None)  # one that failed was never held; the driver may not know yet
 
     def encode(self, keys: Sequence[str], images: ImageStore) -> tuple[ImageFailure, ...]:
         """Encodes staged images and returns those that failed on any rank, the same list on every rank.

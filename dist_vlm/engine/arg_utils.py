@@ -28,7 +28,7 @@ VLM_FIELDS = (
 # Accepted with any value: each only tunes machinery that does not exist here, or is on anyway.
 HARMLESS = frozenset(
     {
-        "disable_custom_all_reduce",  # the all-reduce is chosen by measured size
+        "disable_custom_all_reduce",  # the process group's own all-reduce is the only one so far
         "disable_log_requests",  # requests are never logged
         "disable_sliding_window",  # no served model has one
         "enforce_eager",

@@ -44,7 +44,6 @@ class EngineCore:
         self._images: dict[str, tuple[str, ...]] = {}
         self._last_submitted = -1
         self._last_collected = -1
-        self.num_finished = 0
 
     def start(self) -> ExecutorInfo:
         """Starts the ranks. Raises `StartError`, or `ValueError` if the longest sequence does not fit the KV cache."""
@@ -69,6 +68,11 @@ class EngineCore:
         return self.scheduler.stats
 
     @property
+    def staged_bytes(self) -> int:
+        """Bytes of the images that requests in the engine hold on the ranks."""
+        return self._staging.num_bytes
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._staging.num_waiting > 0
 
@@ -76,9 +80,11 @@ class EngineCore:
         """Accepts a request; from here on it ends exactly once, in an `EngineOutput` with a finish reason."""
         if request.request_id in self._images:
             raise ValueError(f"request_id {request.request_id!r} is in use")
+        record = _record(request)
+        self.scheduler.check_fits(record)
         self._images[request.request_id] = tuple(image.span.image for image in request.images)
         if self._staging.add(request):
-            self.scheduler.add(_record(request))
+            self.scheduler.add(record)
 
     def abort(self, request_id: str) -> list[EngineOutput]:
         """Ends a request at any moment; nothing if it has ended already."""
@@ -140,7 +146,6 @@ class EngineCore:
     def _ended(self, output: EngineOutput) -> EngineOutput:
         keys = self._images.pop(output.request_id)
         self._staging.end(output.request_id, keys, self._last_submitted)
-        self.num_finished += 1
         return output
 
 

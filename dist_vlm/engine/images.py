@@ -70,9 +70,21 @@ class ImagePreparer:
         self._accept("pixel_values", name)
         if self._processor is None:
             raise ValueError(f"{name} is a picture, but disable_image_processor is set: pass preprocessed pixel values")
+        self._check_aspect(picture, name)
         rgb = to_rgb(picture, max_pixels=self._vision.max_image_pixels, name=name)
         array = self._processor.preprocess(rgb)
         return PreparedImage(content_key(rgb, settings=self._processor.digest), "pixel_values", array)
+
+    def _check_aspect(self, picture: Image.Image, name: str) -> None:
+        """Processors scale the shorter side to the model's before they crop: a thin picture grows without bound."""
+        assert self._spec.image_input_shape is not None
+        target, (shorter, longer) = max(self._spec.image_input_shape[2:]), sorted(picture.size)
+        limit = self._vision.max_image_pixels
+        if shorter and longer / shorter * target * target > limit:
+            raise ValueError(
+                f"{name}: {picture.size[0]}x{picture.size[1]} is {longer / shorter:.0f} times longer than wide; scaled "
+                f"for the model it has more than max_image_pixels = {limit}, which allows {limit // target**2} times"
+            )
 
     def _pixels(self, tensor: Any, name: str) -> PreparedImage:
         self._accept("pixel_values", name)

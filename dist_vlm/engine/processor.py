@@ -49,6 +49,8 @@ class Processor:
         """Raises `ValueError` naming the field, its value and what is allowed."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params of type {type(params).__name__}: must be a SamplingParams")
+        # Checked anew: its fields may have been changed since it was made.
+        params = params.clone()
         refuse_unserved(params)
         parsed = parse_prompt(inputs)
         token_ids = self._tokenize(parsed["prompt"], parsed["prompt_token_ids"])
@@ -72,6 +74,10 @@ class Processor:
         if token_ids is None:
             if not prompt:
                 raise ValueError("prompt is empty; it must have at least one character")
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"prompt holds {prompt[error.start]!r}, half of a surrogate pair: not text") from None
             token_ids = self._tokenizer.encode(prompt)
         if not token_ids:
             raise ValueError("prompt_token_ids is empty; it must have at least one token")
@@ -126,9 +132,9 @@ class Processor:
         if params.is_greedy:
             return SamplingRow()
         return SamplingRow(
-            temperature=params.temperature,
-            top_k=max(0, params.top_k),
-            top_p=params.top_p,
+            temperature=float(params.temperature),
+            top_k=min(max(0, params.top_k), self._spec.vocab_size),
+            top_p=float(params.top_p),
             seed=params.seed if params.seed is not None else self._next_seed(),
         )
 

@@ -19,6 +19,8 @@ class StagingArea:
         self._executor = executor
         self._users: dict[str, set[str]] = {}
         self._arrived: set[str] = set()
+        self._failed: set[str] = set()
+        self._bytes: dict[str, int] = {}
         self._waiting: dict[str, tuple[EngineRequest, set[str]]] = {}
         self._unstage_after: deque[tuple[int, str]] = deque()
 
@@ -31,13 +33,21 @@ class StagingArea:
     def num_staged(self) -> int:
         return len(self._users)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all images staged or on their way."""
+        return sum(self._bytes.values())
+
     def add(self, request: EngineRequest) -> bool:
         """Begins to stage a request's images; true if they have all arrived already."""
         missing = set()
         for image in request.images:
             key = image.span.image
+            if key in self._failed:
+                self._forget(key)  # tried once more
             if key not in self._users:
                 self._users[key] = set()
+                self._bytes[key] = image.array.nbytes
                 self._executor.stage(key, image.kind, image.array)
             self._users[key].add(request.request_id)
             if key not in self._arrived:
@@ -50,8 +60,7 @@ class StagingArea:
         """Requests that may run now, and requests that cannot, with the cause. Does not block."""
         ready, failed = [], []
         for staged in self._executor.poll_staged():
-            if staged.error is None:
-                self._arrived.add(staged.key)
+            (self._arrived if staged.error is None else self._failed).add(staged.key)
             for request_id, (request, missing) in list(self._waiting.items()):
                 if staged.key not in missing:
                     continue
@@ -71,8 +80,9 @@ class StagingArea:
     def end(self, request_id: str, keys: Iterable[str], last_step_id: int) -> None:
         """A request has ended: its images may go, once step `last_step_id` (-1: none) has been collected."""
         for key in set(keys):
-            self._users[key].discard(request_id)
-            if not self._users[key]:
+            users = self._users.get(key, set())
+            users.discard(request_id)
+            if not users:
                 self._unstage_after.append((last_step_id, key))
 
     def collected(self, step_id: int) -> None:
@@ -80,6 +90,10 @@ class StagingArea:
         while self._unstage_after and self._unstage_after[0][0] <= step_id:
             _, key = self._unstage_after.popleft()
             if key in self._users and not self._users[key]:
-                del self._users[key]
-                self._arrived.discard(key)
-                self._executor.unstage(key)
+                self._forget(key)
+
+    def _forget(self, key: str) -> None:
+        del self._users[key], self._bytes[key]
+        self._arrived.discard(key)
+        self._failed.discard(key)
+        self._executor.unstage(key)

@@ -11,20 +11,24 @@ if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
 
-def bundle(config: RankConfig) -> dict[str, float]:
+# Of a core: in a private Ray nobody else asks for one, and several engines of a process fit beside each other.
+PRIVATE_CPUS = 0.125
+
+
+def bundle(config: RankConfig, *, cpus: float = 1.0) -> dict[str, float]:
     """What Ray reserves for one rank. Ranks that share a GPU take equal parts of one."""
     if config.device != "cuda":
-        return {"CPU": 1.0}
+        return {"CPU": cpus}
     # Ray counts in units of 1/10000.
     gpu = (10_000 // config.world_size) / 10_000 if config.share_gpu else 1.0
-    return {"CPU": 1.0, "GPU": gpu}
+    return {"CPU": cpus, "GPU": gpu}
 
 
-def reserve(config: RankConfig) -> PlacementGroup:
+def reserve(config: RankConfig, *, cpus: float = 1.0) -> PlacementGroup:
     """Asks for one bundle a rank on one machine. Raises `StartError` at once where no machine could ever hold them."""
     from ray.util.placement_group import placement_group
 
-    one = bundle(config)
+    one = bundle(config, cpus=cpus)
     _check_fits(one, config.world_size)
     return placement_group([dict(one) for _ in range(config.world_size)], strategy="STRICT_PACK")
 

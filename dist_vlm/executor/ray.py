@@ -107,15 +107,16 @@ class RayExecutor(Executor):
             timeout_s=deadline.remaining_s,
         )
         deadline.lap("ray")
-        self._group = placement.reserve(config)
+        cpus = placement.PRIVATE_CPUS if self._cluster.on_private else 1.0
+        self._group = placement.reserve(config, cpus=cpus)
         placement.ready(self._group, deadline.remaining_s)
         deadline.lap("placement")
         self._actors += create_actors(
             config,
             self._group,
-            resources=placement.bundle(config),
+            resources=placement.bundle(config, cpus=cpus),
             runner=self._runner,
-            private=self._cluster.private,
+            private=self._cluster.on_private,
         )
         info = start_ranks(
             self._actors,

@@ -15,9 +15,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dist_vlm.executor.base import StartError
 from dist_vlm.workers.failure import describe
@@ -33,11 +34,17 @@ _log = logging.getLogger(__name__)
 class RayCluster:
     """A connection to Ray. `close` ends what `connect` began and nothing else.
 
-    private: whether this Ray was started here, and ends with `close`.
+    A private Ray serves every engine of this process, and ends when the last of them has closed.
+
+    private: whether this Ray was started here.
     temp_dir: the private Ray's directory (sockets, logs), removed by `close`.
     """
 
+    _of_this_process: ClassVar[RayCluster | None] = None
+
     def __init__(self) -> None:
+        self._owner: RayCluster | None = None
+        self._num_users = 0
         self.private = False
         self.temp_dir: Path | None = None
         self._joined = False
@@ -56,10 +63,13 @@ class RayCluster:
         import ray
 
         if ray.is_initialized():
+            self._use(RayCluster._of_this_process)
             return
         try:
             if address in (None, "local"):
-                self._start_private(num_cpus, use_gpus)
+                self._start_private(num_cpus, use_gpus, timeout_s)
+                RayCluster._of_this_process = self
+                self._use(self)
             else:
                 self._join(str(address), timeout_s)
         except StartError:
@@ -68,8 +78,28 @@ class RayCluster:
             self.close()
             raise StartError("ray", describe(error)) from None
 
+    @property
+    def on_private(self) -> bool:
+        """Whether the Ray in use is this process's private one, started here or by another engine."""
+        return self._owner is not None
+
+    def _use(self, owner: RayCluster | None) -> None:
+        if owner is not None:
+            owner._num_users += 1
+            self._owner = owner
+
     def close(self) -> None:
-        """Leaves Ray, and ends it where it is private. May be called twice."""
+        """Leaves Ray. A joined one is left alone; a private one ends with its last user. May be called twice."""
+        if self._owner is not None:
+            owner, self._owner = self._owner, None
+            owner._num_users -= 1
+            if owner._num_users == 0:
+                RayCluster._of_this_process = None
+                owner._end()
+        elif self._num_users == 0:
+            self._end()
+
+    def _end(self) -> None:
         import ray
 
         if not (self.private or self._joined):
@@ -77,6 +107,9 @@ class RayCluster:
         # What Ray says about processes that it then ends itself is no news.
         with suppress(Exception):
             ray.shutdown()
+        if self._keeper is not None:
+            self._keeper.end()
+            self._keeper = None
         if self._print_before is not None:
             worker: Any = importlib.import_module("ray._private.worker")
             worker.print_to_stdstream = self._print_before
@@ -100,9 +133,10 @@ class RayCluster:
             _check_reachable(address, timeout_s)
         with _sigterm_kept():
             self._joined = True
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            self._keeper = _Keeper()
+            self._keeper.call(ray.init, timeout_s, address=address, log_to_driver=False, logging_level=logging.ERROR)
 
-    def _start_private(self, num_cpus: int, use_gpus: bool) -> None:
+    def _start_private(self, num_cpus: int, use_gpus: bool, timeout_s: float) -> None:
         import ray
 
         base = tempfile.gettempdir()
@@ -115,6 +149,7 @@ class RayCluster:
             self._keeper = _Keeper()
             self._keeper.call(
                 ray.init,
+                timeout_s,
                 address="local",
                 num_cpus=num_cpus,
                 # Ray counts the GPUs itself; where none is wanted it need not look.
@@ -143,7 +178,8 @@ class _Keeper:
     def __init__(self) -> None:
         self._ended = threading.Event()
 
-    def call(self, function: Callable[..., Any], **arguments: Any) -> None:
+    def call(self, function: Callable[..., Any], timeout_s: float, **arguments: Any) -> None:
+        """Raises what `function` raises, and `StartError` if it is not done in time."""
         outcome: Future[None] = Future()
 
         def run() -> None:
@@ -156,7 +192,10 @@ class _Keeper:
             self._ended.wait()
 
         threading.Thread(target=run, name="ray-keeper", daemon=True).start()
-        outcome.result()
+        try:
+            outcome.result(timeout_s)
+        except FutureTimeoutError:
+            raise StartError("ray", f"Ray did not start or answer within {timeout_s:.0f} s") from None
 
     def end(self) -> None:
         self._ended.set()

@@ -10,6 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 _log = logging.getLogger(__name__)
 
 DEFAULT_MAX_PIXELS = 67_108_864
+# Decoders that read pixels and nothing else; PIL has others that start programs or follow links.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class PictureError(ValueError):
@@ -22,14 +24,14 @@ def load_image(path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Ima
     Raises `PictureError` if the file is missing, no picture, damaged, empty, or larger than `max_pixels`.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             return to_rgb(picture, max_pixels=max_pixels, name=str(path))
     except FileNotFoundError:
         raise PictureError(f"{path}: there is no such file") from None
     except UnidentifiedImageError:
         raise PictureError(f"{path}: not a picture, or of a format that is not served") from None
     except Image.DecompressionBombError:
-        raise PictureError(f"{path}: more pixels than the {max_pixels} allowed") from None
+        raise PictureError(f"{path}: far more pixels than a picture may have (at most {max_pixels})") from None
     except OSError as error:
         raise PictureError(f"{path}: cannot be read ({type(error).__name__})") from None
 

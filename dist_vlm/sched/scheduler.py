@@ -101,6 +101,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a new request. Raises `ValueError` for one that could never run."""
+        self.check_fits(request)
+        request.state = RequestState.WAITING
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def check_fits(self, request: Request) -> None:
+        """Raises `ValueError` for a request that could never run."""
         if request.request_id in self._requests:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         if not request.prompt_token_ids:
@@ -111,9 +118,6 @@ class Scheduler:
         capacity = self.pool.num_blocks * self.pool.block_size
         if longest > capacity:
             raise ValueError(f"prompt and max_tokens are {longest} tokens; the KV cache holds {capacity}")
-        request.state = RequestState.WAITING
-        self._requests[request.request_id] = request
-        self._waiting.append(request)
 
     # ------------------------------------------------------------------ plan
 

@@ -60,6 +60,22 @@ tell(
 )
 """
 
+TWO = """
+from stand_in import RUNNER, rank_config
+from dist_vlm.executor.ray import RayExecutor
+from dist_vlm.workers.plan import Slice, StepPlan
+
+first, second = (RayExecutor(rank_config(2), runner=RUNNER, start_timeout_s=60) for _ in range(2))
+first.start()
+second.start()
+first.shutdown()
+second.submit(StepPlan(0, slices=(Slice(1, 5, 1, (), True),)))
+print(len(second.collect().sampled))
+second.shutdown()
+import ray
+print(ray.is_initialized())
+"""
+
 
 def run(
     code: str, model: dict[str, Any] | None = None, *, cwd: Path = ROOT, **environment: str
@@ -96,6 +112,11 @@ def command_of(pid: int) -> str:
 
 def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if "plasma" in name or "ray" in name}
+
+
+def test_two_engines_of_a_process_share_it_and_the_last_ends_it() -> None:
+    out, errors = run(TWO, PYTHONPATH=f"{HERE}{os.pathsep}{ROOT}").communicate(timeout=90)
+    assert out == "1\nFalse\n", errors
 
 
 def test_it_listens_on_loopback_alone_and_ends_with_a_program_that_forgets_it(tmp_path: Path) -> None:

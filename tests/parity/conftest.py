@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "point" in metafunc.fixturenames:
         points = full() if metafunc.config.getoption("--full-matrix") else pairwise()
         metafunc.parametrize("point", points, ids=lambda point: point.name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on the same ranks one after another: each change of ranks costs a start."""
+
+    def key(item: pytest.Item) -> str:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        point = values.get("point")
+        if point is not None:
+            return f"{point.checkpoint} {point.ranks}"
+        return f"tiny {values['num_ranks']}" if "num_ranks" in values else ""
+
+    here = [index for index, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    for index, item in zip(here, sorted((items[index] for index in here), key=key), strict=True):
+        items[index] = item
 
 
 @pytest.fixture(scope="session")
