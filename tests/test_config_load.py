@@ -244,6 +244,7 @@ FILLED = {
     "num_nodes": 2,
     "device": "cpu",
     "ray_address": "head:6379",
+    "transport": "direct",
     "start_timeout_s": 1.5,
     "step_timeout_s": 2.0,
     "threads_per_rank": 3,

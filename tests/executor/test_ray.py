@@ -14,6 +14,7 @@ import ray
 from stand_in import RUNNER, rank_config
 
 from dist_vlm.executor.base import ExecutorError, StagedImage, StartError
+from dist_vlm.executor.placement import PRIVATE_CPUS
 from dist_vlm.executor.ray import RayExecutor
 from dist_vlm.workers.plan import NewSequence, SampledTokens, SamplingRow, Slice, StepPlan
 
@@ -126,7 +127,8 @@ def test_shutdown_ends_the_rank_and_leaves_the_ray_that_was_there(make_ray_execu
     executor.shutdown()
     until(lambda: not os.path.exists(f"/proc/{result.counters.busy_us}"))
     assert ray.is_initialized()
-    until(lambda: ray.available_resources().get("CPU") == 2.0)
+    # The module's pair holds its two eighths of a core.
+    until(lambda: ray.available_resources().get("CPU") == 4.0 - 2 * PRIVATE_CPUS)
     with pytest.raises(ExecutorError, match="shut down"):
         executor.submit(decode(1))
 
@@ -228,16 +230,16 @@ def test_a_start_that_hangs_ends_at_its_deadline(make_ray_executor: Make) -> Non
 def test_gpus_that_are_not_there_are_refused_at_once(shared_ray: object) -> None:
     executor = RayExecutor(rank_config(2, device="cuda"), runner=RUNNER)
     began = time.monotonic()
-    with pytest.raises(StartError, match=r"2 ranks need 2 CPU, 2 GPU on one machine; .*: 4 CPU, 0 GPU") as caught:
+    with pytest.raises(StartError, match=r"2 ranks need 0.25 CPU, 2 GPU on one machine; .*: 4 CPU, 0 GPU") as caught:
         executor.start()
     assert caught.value.stage == "placement"
     assert time.monotonic() - began < NOTICE_S
 
 
 def test_a_place_that_stays_taken_is_told(make_ray_executor: Make, pair: Pair) -> None:
-    # The module's pair holds 2 of 4 CPUs.
-    executor = make_ray_executor(3, start_timeout_s=1.0)
+    # The module's pair holds 2 of the 32 places that 4 CPUs have in a private Ray.
+    executor = make_ray_executor(31, start_timeout_s=1.0)
     with pytest.raises(
-        StartError, match="3 CPU, 0 GPU on one machine did not become free in time; free in the cluster: . CPU"
+        StartError, match="3.875 CPU, 0 GPU on one machine did not become free in time; free in the cluster: 3.75 CPU"
     ):
         executor.start()
