@@ -33,10 +33,8 @@ def test_text_grows_to_the_whole_and_never_by_half_a_character(front, text):
 
 
 def test_a_character_cut_off_by_the_end_is_shown_as_such(front):
-    tokens = front.tokenizer.encode("ok 日", add_special_tokens=False)
-    byte_tokens = front.tokenizer.encode("日", add_special_tokens=False)
-    if len(byte_tokens) < 2:
-        pytest.skip("this tokenizer has the character whole")
+    # A hieroglyph of four bytes: no tokenizer trained on program text has it whole.
+    tokens = front.tokenizer.encode("ok \U00013000", add_special_tokens=False)
     detokenizer = Detokenizer(front.tokenizer, [1], skip_special_tokens=True)
     detokenizer.add(tokens[:-1])
     assert detokenizer.text == "ok "
