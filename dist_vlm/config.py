@@ -81,6 +81,15 @@ class VisionConfig:
     )
     max_image_pixels: int = option("int", 67_108_864, help="largest picture accepted, in decoded pixels", low=1)
     max_images_per_prompt: int = option("int", 16, help="most pictures in one prompt", low=1)
+    feature_cache_tokens: int | None = option(
+        "int",
+        None,
+        help="encoded pictures kept for later requests, in placeholder tokens (none: four steps' worth; 0: none kept)",
+        low=0,
+    )
+    vision_data_parallel: bool = option(
+        "bool", True, help="split a step's pictures over the ranks (false: every rank encodes all of them)"
+    )
 
     def __post_init__(self) -> None:
         check_section(self, "vision")
@@ -109,6 +118,9 @@ class CacheConfig:
     num_gpu_blocks_override: int | None = option(
         "int", None, help="number of KV blocks of each rank, in place of any computed one", low=1
     )
+    enable_prefix_caching: bool = option(
+        "bool", True, help="keep the KV blocks of ended requests for others that begin with the same tokens and pictures"
+    )
 
     def __post_init__(self) -> None:
         check_section(self, "cache")
@@ -118,6 +130,10 @@ class CacheConfig:
 class SchedulerConfig:
     max_num_seqs: int = option("int", 256, help="most sequences running at the same time", low=1)
     max_num_batched_tokens: int = option("int", 8192, help="token budget of one step", low=1)
+    max_steps_in_flight: int = option(
+        "int", 2, help="steps sent to the ranks before the first one's tokens are known", low=1, high=4
+    )
+    max_logprobs: int = option("int", 20, help="most alternatives a request may ask for with each token", low=0)
 
     def __post_init__(self) -> None:
         check_section(self, "scheduler")
@@ -152,6 +168,9 @@ class ParallelConfig:
         "ray",
         help="how plans reach the ranks (ray: a compiled graph; direct: unix sockets, on the driver's machine)",
         choices=("ray", "direct"),
+    )
+    engine_process: bool = option(
+        "bool", False, help="AsyncLLM: run the step loop in a process of its own, beside the one that serves requests"
     )
     start_timeout_s: float = option("float", 300.0, help="seconds the ranks have to start", above=0)
     step_timeout_s: float = option("float", 60.0, help="seconds one step may take", above=0)

@@ -24,6 +24,8 @@ class RankConfig:
     kernels: "reference" or "torch".
     share_gpu: whether several ranks share one GPU; their collectives then go through gloo.
     seed: seeds the weights of `load_format` "dummy".
+    feature_cache_tokens: most feature rows of encoded images this rank holds at once.
+    vision_data_parallel: whether a step's images are split over the ranks and their features gathered.
     """
 
     model: str
@@ -42,6 +44,8 @@ class RankConfig:
     kernels: str
     share_gpu: bool
     seed: int
+    feature_cache_tokens: int
+    vision_data_parallel: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,19 +30,41 @@ class ImageSpan:
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """What a rank needs to choose a sequence's next token.
+    """What a rank needs to choose a sequence's next token. The order in which it is applied: see `kernels/sample.py`.
 
     temperature: 0.0 means greedy: the highest logit, the lowest token id among equals.
     top_k: candidates kept; 0 keeps all.
     top_p: probability mass kept, in (0, 1].
+    min_p: least probability kept, relative to the likeliest, in [0, 1].
     seed, sample_index: with the position of the new token, the key of the counter-based noise.
+    presence_penalty, frequency_penalty: taken off the logits of tokens generated so far.
+    repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or generated.
+    logit_bias: (token id, bias) pairs, each added to its logit.
+    bad_words: token sequences that are not to be generated: the last token of one is cut off while the tokens
+        before it are the latest.
+    min_tokens: generated tokens before which none of `stop_token_ids` may be sampled.
+    stop_token_ids: read only where min_tokens > 0.
+    logprobs: alternatives to report for each sampled token, 0 for the sampled token alone; None reports nothing.
+    prompt_logprobs: the same for each token of the prompt but the first.
+    processors: name under which functions (generated token ids, logits) -> logits were registered on the rank.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     sample_index: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    processors: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +91,8 @@ class Slice:
     A position beyond the tokens told in `NewSequence` holds the token that the slot sampled for it, which
     the rank wrote down itself.
 
+    start: the first position computed. Of a new sequence it may be above 0: the blocks below it hold keys and
+        values that an earlier sequence with the same beginning computed.
     block_ids: blocks appended to the slot's block table before this slice, so that it covers
         start + count positions.
     sample: whether the rank samples the token at position start + count.
@@ -108,11 +132,39 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position, of the model's own distribution: before penalties, bias, temperature and cuts.
+
+    logprob: of the token at the position, natural logarithm.
+    rank: 1 + how many tokens of the vocabulary are likelier.
+    top_ids, top_logprobs: the likeliest tokens, in descending order, the lower id first among equals.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """The tokens one slot got in a step: one, or several where a step may confirm several."""
+    """The tokens one slot got in a step: one, or several where a step may confirm several.
+
+    logprobs: one a token where the sequence asked for them, else empty.
+    """
 
     slot: int
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log probabilities of a sequence's prompt tokens at the positions start, start + 1, ..."""
+
+    slot: int
+    start: int
+    entries: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +202,14 @@ class StepResult:
     """One rank's answer to one plan. All ranks return the same but for `rank` and `counters`.
 
     sampled: for each slice with `sample`, in the plan's order, unless it failed.
+    prompt_logprobs: for each slice of a sequence that asked for them, the prompt tokens whose log probabilities its
+        positions gave: those at [start + 1, start + count + 1) that lie in the prompt.
     """
 
     step_id: int
     rank: int
     sampled: tuple[SampledTokens, ...] = ()
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     image_failures: tuple[ImageFailure, ...] = ()
     slot_failures: tuple[SlotFailure, ...] = ()
     counters: StepCounters = StepCounters()
