@@ -49,8 +49,11 @@ class Script:
 
 @dataclass(slots=True)
 class _Slot:
+    """prints: what stands at each position and before it, as far as anybody asked."""
+
     images: tuple[ImageSpan, ...]
     tokens: list[int]
+    prints: list[int] = field(default_factory=list)
     computed: int = 0
     table: list[int] = field(default_factory=list)
     last_step: int = -1
@@ -72,7 +75,8 @@ class Ledger:
         self.features: dict[str, int | None] = {}
         self.collected = -1
         self._step = -1
-        self._owner: dict[int, int] = {}
+        self._holders: dict[int, set[int]] = {}
+        self._content: dict[tuple[int, int], int] = {}
         self._last_use: dict[int, int] = {}
         self._failed_images: dict[str, int] = {}
 
@@ -112,8 +116,8 @@ class Ledger:
         self._require(slot in self.slots, f"slot {slot} is released and holds no sequence")
         state = self.slots.pop(slot)
         for block in state.table:
-            del self._owner[block]
-            self._last_use[block] = state.last_step
+            self._holders[block].discard(slot)
+            self._last_use[block] = max(state.last_step, self._last_use.get(block, -1))
 
     def _drop(self, keys: tuple[str, ...]) -> None:
         for key in keys:
@@ -194,6 +198,8 @@ class Ledger:
         if failed is not None:
             # A slice sent before the failure was read is skipped; one sent after it is a mistake.
             self._require(failed > self.collected, f"{where}: it failed in step {failed} and was not released")
+        if not state.table:
+            self._take_cached(piece, state, where)
         self._append_blocks(piece, state, where)
         self._require(piece.count > 0, f"{where}: {piece.count} positions")
         self._require(piece.start == state.computed, f"{where}: starts at {piece.start}, not at {state.computed}")
@@ -205,19 +211,55 @@ class Ledger:
             self._require(end <= known, f"{where}: ends at {end}, only {known} tokens are known")
             wrong = piece.sample and end != known
             self._require(not wrong, f"{where}: samples position {end}, whose token is known")
+        self._write(piece, state, where)
         state.computed = end
         state.last_step = self._step
         return state
 
+    def _take_cached(self, piece: Slice, state: _Slot, where: str) -> None:
+        """A new sequence's blocks before its first slice: others computed them, and they must hold its beginning."""
+        size = self.limits.block_size
+        self._require(piece.start % size == 0, f"{where}: begins at {piece.start}, inside a block")
+        self._require(piece.start < len(state.tokens), f"{where}: nothing is left to compute from {piece.start} on")
+        prints = _prints(state, piece.start)
+        for position, expected in enumerate(prints):
+            block = piece.block_ids[position // size]
+            found = self._content.get((block, position % size))
+            self._require(found == expected, f"{where}: block {block} does not hold its position {position}")
+        for block in piece.block_ids[: piece.start // size]:
+            self._holders.setdefault(block, set()).add(piece.slot)
+            state.table.append(block)
+        state.computed = piece.start
+
     def _append_blocks(self, piece: Slice, state: _Slot, where: str) -> None:
-        for block in piece.block_ids:
+        cached = len(state.table) if state.last_step < 0 else 0
+        for block in piece.block_ids[cached:]:
             self._check_block(block)
-            owner = self._owner.get(block)
-            self._require(owner is None, f"{where}: block {block} belongs to slot {owner}")
+            holders = sorted(self._holders.get(block, ()))
+            self._require(not holders, f"{where}: block {block} belongs to slot {holders and holders[0]}")
             last = self._last_use.get(block, -1)
             self._require(last <= self.collected, f"{where}: block {block} is named by step {last}, not yet collected")
-            self._owner[block] = piece.slot
+            self._holders[block] = {piece.slot}
             state.table.append(block)
+
+    def _write(self, piece: Slice, state: _Slot, where: str) -> None:
+        """The slice's keys and values: into blocks that no other sequence holds."""
+        size, end = self.limits.block_size, piece.start + piece.count
+        usable = state.failed_step is None and not self._lacks_features(piece, state)
+        prints = _prints(state, end) if usable else []
+        for position in range(piece.start, end):
+            block = state.table[position // size]
+            self._require(len(self._holders[block]) == 1, f"{where}: writes to block {block}, which others hold too")
+            if usable:
+                self._content[block, position % size] = prints[position]
+            else:
+                self._content.pop((block, position % size), None)
+
+    def _lacks_features(self, piece: Slice, state: _Slot) -> bool:
+        return any(
+            span.image not in self.features and span.start < piece.start + piece.count and span.end > piece.start
+            for span in state.images
+        )
 
     def _has_features(self, piece: Slice, state: _Slot) -> bool:
         for span in state.images:
@@ -231,3 +273,14 @@ class Ledger:
             rows = self.features[span.image]
             self._require(rows in (None, span.count), f"{where}: {span.count} positions for {rows} feature rows")
         return True
+
+
+def _prints(state: _Slot, count: int) -> list[int]:
+    """Of the first `count` positions, one number each that covers everything up to it: tokens, or an image's rows."""
+    for position in range(len(state.prints), count):
+        content: object = state.tokens[position]
+        for span in state.images:
+            if span.start <= position < span.end:
+                content = (span.image, position - span.start)
+        state.prints.append(hash((state.prints[-1] if state.prints else 0, content)))
+    return state.prints[:count]

@@ -26,8 +26,15 @@ class Request:
 
     max_tokens: most tokens to generate; prompt and these together fit the longest sequence allowed.
     stop_token_ids: a generated token of this set ends the request and is its last token.
+    priority: lower runs first; equal ones in the order of their arrival.
+    cache_salt: KV blocks are shared only with requests of the same salt.
 
-    num_planned: positions computed by the plans made so far, sent or committed.
+    arrival: counts the requests of a scheduler.
+    block_digests: of the blocks whose tokens are all known, as far as anybody asked for them.
+    num_planned: positions computed by the plans made so far, sent or committed, or found cached.
+    num_published: blocks offered to later requests, cached ones included.
+    num_cached_tokens: positions that were found cached when the request first ran.
+    num_prompt_logprobs: prompt tokens whose log probabilities have come.
     num_pending: tokens that plans in flight will sample.
     num_in_flight: plans in flight that name the request.
     first_scheduled_time: `time.time()` of the first plan that names the request.
@@ -40,12 +47,19 @@ class Request:
     images: tuple[ImageSpan, ...] = ()
     sampling: SamplingRow = SamplingRow()
     stop_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    cache_salt: str = ""
 
+    arrival: int = 0
     state: RequestState = RequestState.NEW
     output_token_ids: list[int] = field(default_factory=list)
     slot: int | None = None
     block_ids: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(default_factory=list)
     num_planned: int = 0
+    num_published: int = 0
+    num_cached_tokens: int = 0
+    num_prompt_logprobs: int = 0
     num_pending: int = 0
     num_in_flight: int = 0
     num_preemptions: int = 0
@@ -64,6 +78,17 @@ class Request:
         if len(self.output_token_ids) + self.num_pending >= self.max_tokens:
             return 0
         return self.num_tokens - self.num_planned
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Ascending in the order in which requests are served."""
+        return self.priority, self.arrival
+
+    def known_tokens(self, num_tokens: int) -> tuple[int, ...]:
+        """The first tokens of prompt and answer, at least `num_tokens` of them where so many are known."""
+        if num_tokens <= len(self.prompt_token_ids):
+            return self.prompt_token_ids
+        return (*self.prompt_token_ids, *self.output_token_ids)
 
     @property
     def is_finished(self) -> bool:

@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_vlm.sched.block_pool import BlockPool, BooksError
 from dist_vlm.sched.features import FeatureTable, overlapping
+from dist_vlm.sched.fitting import blocking_resource, check_fits
+from dist_vlm.sched.prefix_cache import PrefixCache
+from dist_vlm.sched.queue import RequestQueue
 from dist_vlm.sched.request import FinishReason, Request, RequestState
-from dist_vlm.workers.plan import NewSequence, Slice, StepPlan, StepResult
+from dist_vlm.workers.plan import (
+    ImageSpan,
+    NewSequence,
+    PromptLogprobs,
+    SampledTokens,
+    Slice,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+
+# Waiting requests that a plan may pass over because another is computing their beginning.
+_MAX_PASSED_OVER = 64
 
 
 @dataclass(slots=True)
@@ -22,6 +37,7 @@ class SchedulerStats:
     """Counts since the start.
 
     num_image_cuts: slices that ended inside an image.
+    num_queried_tokens, num_hit_tokens: tokens known when a request began to run, and those of them found cached.
     """
 
     num_steps: int = 0
@@ -29,14 +45,21 @@ class SchedulerStats:
     num_preemptions: int = 0
     num_encoded_images: int = 0
     num_image_cuts: int = 0
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a commit or an abort changed for one request: new tokens, its end, or both."""
+    """What a commit or an abort changed for one request: new tokens, its end, or both.
+
+    logprobs: one for each new token where the request asked for them. prompt_logprobs: those of further prompt tokens.
+    """
 
     request: Request
     new_token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +84,37 @@ class _Draft:
 
 
 class Scheduler:
-    """Owns the block table, the slots and the queues. First come, first served.
+    """Owns the block table, the slots and the queues. By priority, and among equals first come, first served.
 
     max_num_seqs: slots.
     max_num_batched_tokens: token budget of a step; also the encoder's, in feature rows, but one image
         larger than that is still encoded, alone.
+    features: the encoded images; without it, they are unlimited and none is kept beyond its requests.
     """
 
-    def __init__(self, *, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        pool: BlockPool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        features: FeatureTable | None = None,
+        enable_prefix_caching: bool = True,
+    ) -> None:
         self.pool = pool
         self.max_num_batched_tokens = max_num_batched_tokens
         self.stats = SchedulerStats()
-        self.features = FeatureTable()
+        self.features = features or FeatureTable()
+        self.prefix_cache = PrefixCache(pool, enabled=enable_prefix_caching)
         self._requests: dict[str, Request] = {}
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+        self._waiting = RequestQueue()
+        self._running = RequestQueue()
         self._leaving: list[Request] = []  # ended, but named by a plan in flight
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._to_release: list[int] = []
         self._in_flight: deque[tuple[int, list[_Entry]]] = deque()
         self._next_step_id = 0
+        self._num_arrived = 0
 
     @property
     def num_waiting(self) -> int:
@@ -103,43 +137,60 @@ class Scheduler:
         """Queues a new request. Raises `ValueError` for one that could never run."""
         self.check_fits(request)
         request.state = RequestState.WAITING
+        request.arrival = self._num_arrived
+        self._num_arrived += 1
         self._requests[request.request_id] = request
-        self._waiting.append(request)
+        self._waiting.add(request)
 
     def check_fits(self, request: Request) -> None:
         """Raises `ValueError` for a request that could never run."""
         if request.request_id in self._requests:
             raise ValueError(f"request_id {request.request_id!r} is in use")
-        if not request.prompt_token_ids:
-            raise ValueError("the prompt has no tokens; at least 1 is needed")
-        if request.max_tokens < 1:
-            raise ValueError(f"max_tokens = {request.max_tokens}: must be at least 1")
-        longest = len(request.prompt_token_ids) + request.max_tokens
-        capacity = self.pool.num_blocks * self.pool.block_size
-        if longest > capacity:
-            raise ValueError(f"prompt and max_tokens are {longest} tokens; the KV cache holds {capacity}")
+        check_fits(request, self.pool, self.features)
 
     # ------------------------------------------------------------------ plan
 
     def plan(self) -> StepPlan | None:
         """The next step, or None if nothing can be done before a commit or a new request."""
         draft = _Draft(self.max_num_batched_tokens, self.max_num_batched_tokens)
+        outranked = self._yield_to_priority()
         num_preemptions = self.stats.num_preemptions
-        blocked = self._plan_running(draft)
+        blocked = self._plan_running(draft, outranked)
         if not blocked and self.stats.num_preemptions == num_preemptions:
             self._plan_waiting(draft)
         if not draft.entries:
             return None
         return self._seal(draft)
 
-    def _plan_running(self, draft: _Draft) -> bool:
-        """Continues running requests, oldest first; true if one must wait for a commit to get blocks."""
-        for request in list(self._running):
+    def _yield_to_priority(self) -> Request | None:
+        """Preempts running requests for a waiting one of higher priority that has no slot or no blocks.
+
+        One that plans in flight name cannot go yet: it is returned, to be left out of this plan.
+        """
+        while self._waiting and self._running:
+            head, victim = self._waiting.first, self._running.last
+            if head.priority >= victim.priority or (self._free_slots and self._has_blocks(head)):
+                return None
+            if victim.num_in_flight:
+                return victim
+            self._preempt(victim)
+        return None
+
+    def _plan_running(self, draft: _Draft, outranked: Request | None) -> bool:
+        """Continues running requests in their order; true if one must wait for a commit to get blocks.
+
+        Each request behind keeps a token of the budget, so that a long prompt does not stop the answers beside it.
+        """
+        behind = sum(1 for request in self._running if request.num_missing)
+        for request in self._running:
             if draft.token_budget == 0:
                 break
-            if request.state is not RequestState.RUNNING:
-                continue  # preempted by an older one in this very loop
-            count = self._affordable(request, draft)
+            if request.state is not RequestState.RUNNING or request is outranked:
+                continue  # preempted by an older one in this very loop, or to be preempted soon
+            if not request.num_missing:
+                continue
+            behind -= 1
+            count = self._affordable(request, draft, max(1, draft.token_budget - max(0, behind)))
             if count == 0:
                 continue
             if not self._make_room(request, request.num_planned + count):
@@ -150,39 +201,62 @@ class Scheduler:
         return False
 
     def _plan_waiting(self, draft: _Draft) -> None:
-        while self._waiting and self._free_slots and draft.token_budget > 0:
-            request = self._waiting[0]
-            count = self._affordable(request, draft)
-            # Blocks for the whole sequence must be free, so that a long prompt is not begun only to be preempted.
-            if count == 0 or self.pool.blocks_for(request.num_tokens) > self.pool.num_free:
+        passed_over = 0
+        for request in self._waiting:
+            if not self._free_slots or draft.token_budget == 0 or passed_over > _MAX_PASSED_OVER:
                 return
-            self._waiting.popleft()
-            request.state = RequestState.RUNNING
-            request.slot = self._free_slots.pop()
-            request.first_scheduled_time = request.first_scheduled_time or time.time()
-            self._running.append(request)
-            draft.new.append(_new_sequence(request))
-            self._append_slice(request, count, draft)
-
-    def _affordable(self, request: Request, draft: _Draft) -> int:
-        """How many positions of the request the rest of the budgets allows: cut before an image too many."""
-        start = request.num_planned
-        count = min(request.num_missing, draft.token_budget)
-        encode_budget, encoding = draft.encode_budget, set(draft.encode)
-        for span in overlapping(request.images, start, start + count):
-            if self.features.is_resident(span.image) or span.image in encoding:
+            cached = self.prefix_cache.find(request)
+            if self.prefix_cache.is_worth_waiting(request, len(cached)):
+                passed_over += 1
                 continue
-            if span.count > encode_budget and encoding:
+            if not self._has_blocks(request, cached):
+                return
+            request.num_planned = len(cached) * self.pool.block_size
+            count = self._affordable(request, draft, draft.token_budget)
+            if count == 0:
+                request.num_planned = 0
+                return
+            self._start(request, cached)
+            draft.new.append(_new_sequence(request))
+            self._append_slice(request, count, draft, cached)
+
+    def _has_blocks(self, request: Request, cached: Sequence[int] | None = None) -> bool:
+        """Whether blocks for all of its known tokens are there, so that a long prompt is not begun to be preempted."""
+        found = self.prefix_cache.find(request) if cached is None else cached
+        needed = self.pool.blocks_for(request.num_tokens) - len(found)
+        return needed <= self.pool.num_allocatable - self.pool.num_revived(found)
+
+    def _start(self, request: Request, cached: Sequence[int]) -> None:
+        self._waiting.remove(request)
+        self._running.add(request)
+        request.state = RequestState.RUNNING
+        request.slot = self._free_slots.pop()
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = time.time()
+            request.num_cached_tokens = request.num_planned
+        self.pool.share(cached)
+        request.block_ids.extend(cached)
+        self.prefix_cache.begin(request, len(cached))
+
+    def _affordable(self, request: Request, draft: _Draft, token_budget: int) -> int:
+        """How many positions of the request the budgets allow: cut before an image too many."""
+        start = request.num_planned
+        count = min(request.num_missing, token_budget)
+        spans = overlapping(request.images, start, start + count)
+        for number, span in enumerate(spans, start=1):
+            if not self.features.fits(spans[:number]) or not self._can_encode(spans[:number], draft):
                 return max(0, span.start - start)
-            encode_budget -= span.count
-            encoding.add(span.image)
         return count
 
+    def _can_encode(self, spans: Sequence[ImageSpan], draft: _Draft) -> bool:
+        rows = {span.image: span.count for span in spans if not self.features.is_resident(span.image)}
+        return sum(rows.values()) <= draft.encode_budget or (len(rows) == 1 and not draft.encode) or not rows
+
     def _make_room(self, request: Request, num_positions: int) -> bool:
-        """Frees blocks for the request by preempting the youngest; false if it must wait or was itself the youngest."""
+        """Frees blocks for the request by preempting the last in line; false if it must wait or was itself the last."""
         needed = self.pool.blocks_for(num_positions) - len(request.block_ids)
-        while self.pool.num_free < needed:
-            victim = self._running[-1]
+        while self.pool.num_allocatable < needed:
+            victim = self._running.last
             if victim.num_in_flight:
                 return False
             self._preempt(victim)
@@ -190,19 +264,18 @@ class Scheduler:
                 return False
         return True
 
-    def _append_slice(self, request: Request, count: int, draft: _Draft) -> None:
+    def _append_slice(self, request: Request, count: int, draft: _Draft, cached: Sequence[int] = ()) -> None:
         start, end = request.num_planned, request.num_planned + count
         added = self.pool.allocate(max(0, self.pool.blocks_for(end) - len(request.block_ids)))
         request.block_ids.extend(added)
-        for span in overlapping(request.images, start, end):
-            if self.features.need(span.image, request.request_id):
-                draft.encode.append(span.image)
-                draft.encode_budget -= span.count
-            if span.end > end:
-                self.stats.num_image_cuts += 1
+        spans = overlapping(request.images, start, end)
+        for span in self.features.need(spans, request.request_id):
+            draft.encode.append(span.image)
+            draft.encode_budget -= span.count
+        self.stats.num_image_cuts += sum(span.end > end for span in spans)
         sample = end == request.num_tokens
         assert request.slot is not None
-        draft.take(request, Slice(request.slot, start, count, added, sample))
+        draft.take(request, Slice(request.slot, start, count, (*cached, *added), sample))
         request.num_planned = end
         request.num_in_flight += 1
         request.num_pending += sample
@@ -242,10 +315,12 @@ class Scheduler:
         request.num_planned = 0
         request.num_preemptions += 1
         self.stats.num_preemptions += 1
-        self._waiting.appendleft(request)
+        self._waiting.add(request)
 
     def _free(self, request: Request) -> None:
-        self.pool.release(request.block_ids)
+        self.prefix_cache.end(request)
+        # The end of a sequence goes out of the cache before its beginning, which more sequences share.
+        self.pool.release(reversed(request.block_ids))
         request.block_ids.clear()
         self.features.give_up((span.image for span in request.images), request.request_id)
         if request.slot is not None:
@@ -260,7 +335,8 @@ class Scheduler:
         step_id, entries = self._in_flight.popleft()
         if result.step_id != step_id:
             raise BooksError(f"result of step {result.step_id} while step {step_id} is the oldest in flight")
-        sampled = {item.slot: item.token_ids for item in result.sampled}
+        sampled = {item.slot: item for item in result.sampled}
+        prompt_logprobs = {item.slot: item for item in result.prompt_logprobs}
         slot_failures = {failure.slot: failure.reason for failure in result.slot_failures}
         updates = self._fail_images({failure.image: failure.reason for failure in result.image_failures}, entries)
         for request, piece in ((entry.request, entry.piece) for entry in entries):
@@ -270,8 +346,12 @@ class Scheduler:
                 self._leave_if_idle(request)
             elif piece.slot in slot_failures:
                 updates.append(self._end(request, "error", slot_failures[piece.slot]))
-            elif piece.sample:
-                updates.append(self._accept(request, sampled[piece.slot]))
+            else:
+                update = self._accept(request, piece, sampled.get(piece.slot), prompt_logprobs.get(piece.slot))
+                if update is not None:
+                    updates.append(update)
+        self.stats.num_queried_tokens = self.prefix_cache.stats.num_queried_tokens
+        self.stats.num_hit_tokens = self.prefix_cache.stats.num_hit_tokens
         return updates
 
     def _fail_images(self, failures: dict[str, str], entries: list[_Entry]) -> list[Update]:
@@ -287,17 +367,34 @@ class Scheduler:
                     updates.append(self._end(entry.request, "error", reason))
         return updates
 
-    def _accept(self, request: Request, token_ids: Iterable[int]) -> Update:
+    def _accept(
+        self, request: Request, piece: Slice, sampled: SampledTokens | None, logprobs: PromptLogprobs | None
+    ) -> Update | None:
+        """Takes what a slice gave; None if that is nothing a client sees."""
+        told = _untold(request, logprobs)
+        request.num_prompt_logprobs += len(told)
+        if piece.sample:
+            if sampled is None:
+                raise BooksError(f"{request.request_id}: no token and no failure came for slot {piece.slot}")
+            self.prefix_cache.publish(request, piece.start + piece.count)
+            return self._accept_tokens(request, sampled, told)
+        return Update(request, prompt_logprobs=told) if told else None
+
+    def _accept_tokens(self, request: Request, sampled: SampledTokens, told: tuple[TokenLogprobs, ...]) -> Update:
         """Appends sampled tokens up to the one that ends the request."""
         accepted: list[int] = []
-        for token in token_ids:
+        end: tuple[FinishReason, int | None] | None = None
+        for token in sampled.token_ids:
             accepted.append(token)
             request.output_token_ids.append(token)
             if token in request.stop_token_ids:
-                return self._end(request, "stop", token, tuple(accepted))
-            if len(request.output_token_ids) >= request.max_tokens:
-                return self._end(request, "length", None, tuple(accepted))
-        return Update(request, tuple(accepted))
+                end = ("stop", token)
+            elif len(request.output_token_ids) >= request.max_tokens:
+                end = ("length", None)
+            if end is not None:
+                self._end(request, *end)
+                break
+        return Update(request, tuple(accepted), sampled.logprobs[: len(accepted)], told)
 
     # ------------------------------------------------------------------- end
 
@@ -322,13 +419,21 @@ class Scheduler:
             return None
         return self._end(request, "error", reason)
 
-    def _end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        stop_reason: int | str | None = None,
-        new_token_ids: tuple[int, ...] = (),
-    ) -> Update:
+    def unblock(self) -> list[Update]:
+        """To be called when work waits, nothing is in flight and nothing could be planned: ends exactly the requests
+        that can never run, each with the resource it lacks. Raises `BooksError` if there is none of that kind."""
+        stuck = [*self._running, *self._waiting]
+        reasons = [(request, blocking_resource(request, self.pool, self.features)) for request in stuck]
+        updates = [self._end(request, "error", reason) for request, reason in reasons if reason is not None]
+        if not updates:
+            raise BooksError(
+                f"{len(self._waiting)} requests wait, {len(self._running)} run and none can be planned with "
+                f"{len(self._free_slots)} free slots, {self.pool.num_allocatable} blocks to be had of "
+                f"{self.pool.num_blocks}, {self.features.num_rows} feature rows held of {self.features.capacity_rows}"
+            )
+        return updates
+
+    def _end(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> Update:
         if request.state is RequestState.WAITING:
             self._waiting.remove(request)
         else:
@@ -336,7 +441,7 @@ class Scheduler:
             self._leaving.append(request)
         request.finish(reason, stop_reason)
         self._leave_if_idle(request)
-        return Update(request, new_token_ids)
+        return Update(request)
 
     def _leave_if_idle(self, request: Request) -> None:
         """Frees an ended request's blocks once no plan in flight names them."""
@@ -377,6 +482,13 @@ def _new_sequence(request: Request) -> NewSequence:
         images=request.images,
         sampling=request.sampling,
     )
+
+
+def _untold(request: Request, logprobs: PromptLogprobs | None) -> tuple[TokenLogprobs, ...]:
+    """The prompt's log probabilities that are news: a preempted request computes the earlier ones again."""
+    if logprobs is None:
+        return ()
+    return logprobs.entries[1 + request.num_prompt_logprobs - logprobs.start :]
 
 
 def _image_failure(request: Request, piece: Slice, failures: dict[str, str]) -> str | None:

@@ -7,6 +7,7 @@ from collections import deque
 from dist_vlm.executor.contract import Ledger, Limits, Script
 from dist_vlm.executor.fake import checksum_token
 from dist_vlm.sched.block_pool import BlockPool
+from dist_vlm.sched.features import FeatureTable
 from dist_vlm.sched.request import Request
 from dist_vlm.sched.scheduler import Scheduler, Update
 from dist_vlm.workers.plan import ImageSpan, StepPlan
@@ -24,12 +25,24 @@ class Rig:
         budget: int = 16,
         depth: int = 1,
         fail_images: frozenset[str] = frozenset(),
+        fail_slots: frozenset[tuple[int, int]] = frozenset(),
+        prefix_caching: bool = False,
+        feature_rows: int | None = None,
+        keep_features: bool = False,
     ) -> None:
         limits = Limits(num_blocks, block_size, max_num_seqs, budget)
-        script = Script(checksum_token, lambda key: "bad" if key in fail_images else None, lambda step, slot: None)
+        script = Script(
+            checksum_token,
+            lambda key: "bad" if key in fail_images else None,
+            lambda step, slot: "bad slot" if (step, slot) in fail_slots else None,
+        )
         self.ledger = Ledger(limits, script)
         self.scheduler = Scheduler(
-            pool=BlockPool(num_blocks, block_size), max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
+            pool=BlockPool(num_blocks, block_size),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            features=FeatureTable(feature_rows, keep=keep_features),
+            enable_prefix_caching=prefix_caching,
         )
         self.depth = depth
         self.results = deque()

@@ -183,12 +183,126 @@ def test_several_tokens_in_a_result_are_taken_up_to_the_one_that_ends_it():
     scheduler.check()
 
 
+def test_a_long_prompt_leaves_a_token_to_each_answer_behind_it():
+    rig = Rig(budget=8, num_blocks=64)
+    rig.add(request("long", 40, max_tokens=2))
+    rig.step()
+    rig.add(request("short", 3, max_tokens=6))
+    rig.step()
+    rig.run()
+    sizes = [sorted(piece.count for piece in plan.slices) for plan in rig.plans]
+    assert sizes[1] == [8], "a waiting request takes what running ones leave"
+    decoding = [size for size in sizes if len(size) == 2]
+    assert all(size[0] <= 3 for size in decoding)
+    assert rig.ends == {"long": ["length"], "short": ["length"]}
+
+
+def test_higher_priority_runs_first_and_equal_ones_in_the_order_of_arrival():
+    rig = Rig(max_num_seqs=1)
+    order = []
+    for name, priority in [("a", 0), ("low", 7), ("b", 0), ("urgent", -3)]:
+        one = request(name, 3)
+        one.priority = priority
+        rig.add(one)
+    while rig.scheduler.has_work:
+        rig.step()
+        order += [name for name, ends in rig.ends.items() if ends and name not in order]
+    assert order == ["urgent", "a", "b", "low"]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("scarce", ["slots", "blocks"])
+def test_a_request_of_higher_priority_takes_the_place_of_a_running_one(depth, scarce):
+    rig = Rig(max_num_seqs=1, depth=depth) if scarce == "slots" else Rig(num_blocks=6, depth=depth)
+    low = request("low", 9, max_tokens=10)
+    low.priority = 1
+    rig.add(low)
+    for _ in range(3):
+        rig.step()
+    rig.add(request("high", 9, max_tokens=10))
+    while not rig.ends["high"]:
+        rig.step()
+    assert not rig.ends["low"]
+    rig.run()
+    assert low.num_preemptions == 1
+    for name in ("low", "high"):
+        assert rig.tokens[name] == expected_tokens(request(name, 9).prompt_token_ids, 10)
+
+
+def test_a_younger_request_of_equal_priority_waits():
+    rig = Rig(max_num_seqs=1)
+    rig.add(request("a", 3, max_tokens=9))
+    rig.step()
+    rig.add(request("b", 3))
+    rig.run()
+    assert rig.scheduler.stats.num_preemptions == 0
+
+
+def test_nothing_to_schedule_fails_exactly_those_that_can_never_run_and_names_the_resource():
+    rig = Rig(num_blocks=8, block_size=4, feature_rows=8)
+    rig.add(request("fits", 6))
+    rig.add(request("too long", 6))
+    rig.add(request("big image", 12, images=(ImageSpan("x", 1, 8),)))
+    rig.scheduler._requests["too long"].max_tokens = 99
+    rig.scheduler.features.capacity_rows = 4
+    updates = rig.scheduler.unblock()
+    told = {update.request.request_id: update.request.stop_reason for update in updates}
+    assert told == {
+        "too long": "prompt and max_tokens are 105 tokens; the KV cache holds 32",
+        "big image": "an image has 8 feature rows; the feature cache holds 4",
+    }
+    rig.run()
+    assert rig.ends["fits"] == ["length"]
+
+
+def test_a_defect_of_the_books_is_told_with_all_resources():
+    rig = Rig()
+    rig.add(request("a", 3))
+    with pytest.raises(BooksError, match=r"1 requests wait, 0 run .* 4 free slots, 64 blocks .* 0 feature rows"):
+        rig.scheduler.unblock()
+
+
+def test_images_wait_for_room_among_the_features():
+    rig = Rig(budget=64, feature_rows=8)
+    images = tuple(ImageSpan(name, 8 * index, 8) for index, name in enumerate("xyz"))
+    rig.add(request("a", 30, images=images))
+    rig.run()
+    assert [plan.encode for plan in rig.plans if plan.encode] == [("x",), ("y",), ("z",)]
+    assert rig.ends["a"] == ["length"]
+
+
+def test_the_same_picture_in_ten_requests_is_encoded_once():
+    rig = Rig(budget=20, feature_rows=40, keep_features=True)
+    for index in range(10):
+        rig.add(request(f"r{index}", 12, images=(ImageSpan("x", 2, 8),)))
+        rig.run()
+    assert [plan.encode for plan in rig.plans if plan.encode] == [("x",)]
+    assert all(ends == ["length"] for ends in rig.ends.values())
+
+
+def test_a_failed_slot_fails_its_request_alone_and_publishes_nothing():
+    rig = Rig(budget=64, depth=2, prefix_caching=True, fail_slots=frozenset({(0, 0)}))
+    rig.add(request("bad", 9))
+    rig.add(request("good", 9))
+    rig.run()
+    assert rig.ends == {"bad": ["error"], "good": ["length"]}
+    again = request("bad2", 9)
+    again.prompt_token_ids = request("bad", 9).prompt_token_ids
+    rig.add(again)
+    rig.run()
+    assert again.num_cached_tokens == 0
+
+
 IMAGES = st.lists(st.integers(0, 5), max_size=2, unique=True)
+# length, max_tokens, images, steps before the next, whether to abort, family of the prompt, priority
 ARRIVALS = st.lists(
-    st.tuples(st.integers(1, 40), st.integers(1, 12), IMAGES, st.integers(0, 12), st.booleans()),
+    st.tuples(
+        st.integers(1, 40), st.integers(1, 12), IMAGES, st.integers(0, 12), st.booleans(),
+        st.integers(0, 2), st.integers(0, 2),
+    ),
     min_size=1,
     max_size=12,
-)
+)  # fmt: skip
 
 
 def spans_of(images, length):
@@ -210,11 +324,18 @@ def spans_of(images, length):
     max_num_seqs=st.integers(1, 5),
     depth=st.integers(1, 3),
     failing=st.frozensets(st.sampled_from(["image0", "image3"]), max_size=2),
+    failing_slots=st.frozensets(st.tuples(st.integers(0, 30), st.integers(0, 4)), max_size=3),
+    prefix_caching=st.booleans(),
+    feature_rows=st.sampled_from([None, 12, 20]),
+    keep_features=st.booleans(),
 )
 def test_random_traffic_keeps_the_books_and_ends_each_request_once(
-    arrivals, budget, num_blocks, max_num_seqs, depth, failing
-):
-    """Arrivals, aborts, preemptions and failing images; the rig proves the books after every step."""
+    arrivals, budget, num_blocks, max_num_seqs, depth, failing, failing_slots, prefix_caching, feature_rows,
+    keep_features,
+):  # fmt: skip
+    """Arrivals, aborts, priorities, preemptions, scarce caches, shared beginnings, failing images and slots.
+
+    The rig proves the books after every step, and its ledger every cached block's content."""
     rig = Rig(
         num_blocks=num_blocks,
         block_size=4,
@@ -222,11 +343,15 @@ def test_random_traffic_keeps_the_books_and_ends_each_request_once(
         budget=budget,
         depth=depth,
         fail_images=failing,
+        fail_slots=failing_slots,
+        prefix_caching=prefix_caching,
+        feature_rows=feature_rows,
+        keep_features=keep_features,
     )
     requests = {}
-    for index, (length, max_tokens, images, pause, abort) in enumerate(arrivals):
-        name = f"r{index}"
-        one = request(name, length, max_tokens, spans_of(images, length))
+    for index, (length, max_tokens, images, pause, abort, family, priority) in enumerate(arrivals):
+        name, spans = f"r{index}", spans_of(images, length)
+        one = Request(name, prompt_with_images(family, length, spans), max_tokens, images=spans, priority=priority)
         requests[name] = one
         rig.add(one)
         for _ in range(pause):
@@ -242,5 +367,6 @@ def test_random_traffic_keeps_the_books_and_ends_each_request_once(
             assert rig.tokens[name] == whole
         else:
             assert rig.tokens[name] == whole[: len(rig.tokens[name])]
-        assert reason != "error" or any(span.image in failing for span in one.images)
-    assert rig.scheduler.pool.num_free == num_blocks
+        guilty = any(span.image in failing for span in one.images) or one.stop_reason == "bad slot"
+        assert reason != "error" or guilty
+    assert rig.scheduler.pool.num_allocatable == num_blocks
