@@ -2,40 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dist_vlm.kernels import sample
-from dist_vlm.workers.plan import SamplingRow
+from dist_vlm.kernels.logprobs import LogprobTensors, compute_logprobs
+from dist_vlm.kernels.upload import upload
+from dist_vlm.workers.logit_edits import LogitsProcessor, SampleRow, asks_edits, edit_logits
+from dist_vlm.workers.plan import TokenLogprobs
+
+__all__ = ["LogitsProcessor", "PendingLogprobs", "SampleRow", "sample_tokens", "token_logprobs"]
 
 
-def sample_tokens(logits: Tensor, rows: Sequence[SamplingRow], positions: Sequence[int]) -> Tensor:
-    """Chooses a token for each row of float32 logits [rows, vocab]; returns int64 [rows].
+def sample_tokens(
+    logits: Tensor,
+    rows: Sequence[SampleRow],
+    *,
+    token_ids: Tensor,
+    processors: Mapping[str, Sequence[LogitsProcessor]],
+) -> Tensor:
+    """Chooses a token for each row; the order in which its options apply: see `dist_vlm.kernels.sample`.
 
-    positions: where in its sequence each token will stand; with the row's seed it keys the noise.
+    logits: float32 [R, vocab], not modified. token_ids: int64 [num_slots, max_model_len]: the tokens of all slots,
+    of which those below a row's position are known in its slot. processors: by the name that a row has.
+    Returns int64 [R], enqueued: the device is waited for only where a row has logits processors, or masks enough to
+    leave no token. A row's token depends on no other row. Raises `ValueError` where one row asks what cannot be
+    done, whatever the others are.
     """
+    edits = {index: row for index, row in enumerate(rows) if asks_edits(row.sampling)}
+    if edits:
+        logits = edit_logits(logits, edits, token_ids=token_ids, processors=processors)
+    drawn = {index: _draw_row(row) for index, row in enumerate(rows) if row.sampling.temperature > 0}
+    if drawn and len(drawn) == len(rows):
+        return sample.draw(logits, list(drawn.values()))
     tokens = sample.greedy(logits)
-    drawn = [index for index, row in enumerate(rows) if row.temperature > 0]
-    if not drawn:
-        return tokens
-    chosen = [rows[index] for index in drawn]
-
-    def integers(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=logits.device)
-
-    def floats(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)
-
-    index = integers(drawn)
-    tokens[index] = sample.draw(
-        logits[index],
-        temperature=floats([row.temperature for row in chosen]),
-        top_k=integers([row.top_k for row in chosen]),
-        top_p=floats([row.top_p for row in chosen]),
-        seed=integers([row.seed for row in chosen]),
-        sample_index=integers([row.sample_index for row in chosen]),
-        position=integers([positions[i] for i in drawn]),
-    )
+    if drawn:
+        index = upload(list(drawn), torch.int64, logits.device)
+        tokens.index_copy_(0, index, sample.draw(logits[index], list(drawn.values())))
     return tokens
+
+
+def _draw_row(row: SampleRow) -> sample.DrawRow:
+    sampling = row.sampling
+    return sample.DrawRow(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        sample_index=sampling.sample_index,
+        position=row.position,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLogprobs:
+    """Log probabilities that may still be on their way from the device.
+
+    num_top: how many of the likeliest tokens each row asked for.
+    """
+
+    tensors: LogprobTensors
+    num_top: tuple[int, ...]
+
+    def to_host(self) -> PendingLogprobs:
+        """Enqueues the copy to the host; what is returned may be read once the device has come to here."""
+        return PendingLogprobs(
+            LogprobTensors(*(tensor.to("cpu", non_blocking=True) for tensor in self.tensors)), self.num_top
+        )
+
+    def read(self) -> list[TokenLogprobs]:
+        """One entry a row."""
+        columns = (tensor.tolist() for tensor in self.tensors)
+        return [
+            TokenLogprobs(logprob, rank, tuple(top_ids[:count]), tuple(top_logprobs[:count]))
+            for count, logprob, rank, top_ids, top_logprobs in zip(self.num_top, *columns, strict=True)
+        ]
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: Sequence[int]) -> PendingLogprobs:
+    """Log probabilities of tokens under the model's own distribution, enqueued.
+
+    logits: float32 [R, vocab], as the model gave them. token_ids: int64 [R], in the vocabulary. num_top: of R rows,
+    how many of the likeliest tokens to report beside the row's own; at most the vocabulary's are.
+    """
+    tensors = compute_logprobs(logits, token_ids, num_top=max(num_top, default=0))
+    return PendingLogprobs(tensors, tuple(num_top))

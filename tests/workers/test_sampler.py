@@ -1,40 +1,220 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
 import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from dist_vlm.kernels import sample
-from dist_vlm.workers.plan import SamplingRow
-from dist_vlm.workers.sampler import sample_tokens
+from dist_vlm.kernels.philox import uniform_noise
+from dist_vlm.workers.plan import SamplingRow, TokenLogprobs
+from dist_vlm.workers.sampler import SampleRow, sample_tokens, token_logprobs
 
-
-def test_greedy_and_drawn_rows_share_a_batch():
-    logits = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
-    rows = [
-        SamplingRow(),
-        SamplingRow(temperature=1.5, seed=11),
-        SamplingRow(),
-        SamplingRow(temperature=0.7, top_k=5, top_p=0.9, seed=12, sample_index=2),
-    ]
-    tokens = sample_tokens(logits, rows, [10, 11, 12, 13])
-    assert tokens[[0, 2]].tolist() == logits[[0, 2]].argmax(-1).tolist()
-    for index in (1, 3):
-        row = rows[index]
-        alone = sample.draw(
-            logits[index : index + 1],
-            temperature=torch.tensor([row.temperature]),
-            top_k=torch.tensor([row.top_k]),
-            top_p=torch.tensor([row.top_p]),
-            seed=torch.tensor([row.seed]),
-            sample_index=torch.tensor([row.sample_index]),
-            position=torch.tensor([10 + index]),
-        )
-        assert tokens[index].item() == alone.item()
+VOCAB, NUM_SLOTS, MAX_LEN = 67, 16, 24
 
 
-def test_a_row_draws_the_same_in_any_batch():
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(8, 300, generator=generator)
-    rows = [SamplingRow(temperature=1.0, seed=100 + i) for i in range(8)]
-    positions = list(range(20, 28))
-    together = sample_tokens(logits, rows, positions).tolist()
-    order = [5, 2, 7, 0]
-    fewer = sample_tokens(logits[order], [rows[i] for i in order], [positions[i] for i in order]).tolist()
+def favour_even(generated: list[int], logits: Tensor) -> Tensor:
+    return logits + (torch.arange(logits.shape[0], device=logits.device) % 2 == 0) * (1.0 + len(generated))
+
+
+PROCESSORS = {"even": (favour_even,)}
+OPTIONS = [
+    SamplingRow(),
+    SamplingRow(temperature=1.0),
+    SamplingRow(temperature=1.6, top_k=3),
+    SamplingRow(temperature=1.2, top_p=0.85),
+    SamplingRow(temperature=1.1, min_p=0.1),
+    SamplingRow(temperature=1.5, top_k=20, top_p=0.9, min_p=0.05),
+    SamplingRow(repetition_penalty=1.7),
+    SamplingRow(presence_penalty=1.5, frequency_penalty=0.5),
+    SamplingRow(temperature=0.9, repetition_penalty=0.6, presence_penalty=-0.5, top_p=0.7),
+    SamplingRow(logit_bias=((3, 4.0), (5, -2.0))),
+    SamplingRow(temperature=1.0, logit_bias=((3, 100.0),), bad_words=((3,), (4, 5))),
+    SamplingRow(bad_words=((1, 2), (3,), (4, 5, 6))),
+    SamplingRow(min_tokens=50, stop_token_ids=(0, 1, 2, 3)),
+    SamplingRow(temperature=1.0, min_tokens=50, stop_token_ids=(9,), top_k=5),
+    SamplingRow(processors="even"),
+    SamplingRow(
+        temperature=0.7,
+        top_k=30,
+        top_p=0.95,
+        min_p=0.02,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        repetition_penalty=1.2,
+        logit_bias=((7, 1.0),),
+        bad_words=((8,), (9, 10)),
+        min_tokens=50,
+        stop_token_ids=(11,),
+        processors="even",
+    ),
+]  # fmt: skip
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor, list[SampleRow]]:
+    """Logits and tokens of 16 rows with all options, each row in a slot of another number. Few tokens are likely, and
+    they are the known ones, so that penalties and bans meet them."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(OPTIONS), VOCAB, generator=generator) * 2
+    logits[:, :12] += 3
+    token_ids = torch.randint(0, 12, (NUM_SLOTS, MAX_LEN), generator=generator)
+    rows = []
+    for index, option in enumerate(OPTIONS):
+        num_prompt = int(torch.randint(1, 12, (1,), generator=generator))
+        position = num_prompt + int(torch.randint(0, 12, (1,), generator=generator))
+        sampling = replace(option, seed=1000 * seed + index, sample_index=index % 3)
+        rows.append(SampleRow(sampling, (index * 5 + 3) % NUM_SLOTS, position, num_prompt))
+    return logits, token_ids, rows
+
+
+def reference_token(logits: Tensor, row: SampleRow, token_ids: Tensor) -> int:
+    """transformers' processors one after another, then the Gumbel-max rule, for one row of logits [1, vocab]."""
+    sampling, known = row.sampling, token_ids[row.slot : row.slot + 1, : row.position]
+    generated = known[0, row.num_prompt_tokens :].tolist()
+    for function in PROCESSORS.get(sampling.processors, ()):
+        logits = function(generated, logits[0])[None]
+    logits = logits.clone()
+    for token, bias in sampling.logit_bias:
+        logits[0, token] += bias
+    if sampling.min_tokens:
+        logits = MinNewTokensLengthLogitsProcessor(
+            row.num_prompt_tokens, sampling.min_tokens, list(sampling.stop_token_ids)
+        )(known, logits)
+    if sampling.bad_words:
+        logits = NoBadWordsLogitsProcessor([list(word) for word in sampling.bad_words])(known, logits)
+    logits = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))(known, logits)
+    for token, count in Counter(generated).items():
+        logits[0, token] -= sampling.presence_penalty + sampling.frequency_penalty * count
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits = TemperatureLogitsWarper(float(sampling.temperature))(known, logits)
+    if sampling.top_k:
+        logits = TopKLogitsWarper(sampling.top_k)(known, logits)
+    logits = TopPLogitsWarper(sampling.top_p)(known, logits)
+    logits = MinPLogitsWarper(sampling.min_p)(known, logits)
+    key = (torch.tensor([value]) for value in (sampling.seed, sampling.sample_index, row.position))
+    return int((logits - torch.log(-torch.log(uniform_noise(*key, VOCAB)))).argmax())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tokens_are_those_of_transformers_processors(seed: int) -> None:
+    logits, token_ids, rows = batch(seed)
+    tokens = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS)
+    expected = [reference_token(logits[i : i + 1], row, token_ids) for i, row in enumerate(rows)]
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == expected
+
+
+def test_the_options_of_the_batch_change_tokens() -> None:
+    """The comparison above would see an option that did nothing."""
+    changed: Counter[int] = Counter()
+    for seed in range(8):
+        logits, token_ids, rows = batch(seed)
+        for index, row in enumerate(rows):
+            plain = replace(
+                SamplingRow(temperature=row.sampling.temperature, seed=row.sampling.seed),
+                sample_index=row.sampling.sample_index,
+            )
+            found = reference_token(logits[index : index + 1], row, token_ids)
+            changed[index] += found != reference_token(
+                logits[index : index + 1], replace(row, sampling=plain), token_ids
+            )
+    asking = [index for index, option in enumerate(OPTIONS) if replace(option, temperature=0.0) != SamplingRow()]
+    assert [index for index in asking if not changed[index]] == []
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_row_gets_the_same_token_alone_and_among_fifteen_others(seed: int) -> None:
+    logits, token_ids, rows = batch(seed)
+    before = logits.clone()
+    together = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS).tolist()
+    assert torch.equal(logits, before)
+    for index, row in enumerate(rows):
+        alone = sample_tokens(logits[index : index + 1], [row], token_ids=token_ids, processors=PROCESSORS)
+        assert alone.tolist() == together[index : index + 1]
+    order = [5, 2, 7, 0, 15]
+    fewer = sample_tokens(logits[order], [rows[i] for i in order], token_ids=token_ids, processors=PROCESSORS).tolist()
     assert fewer == [together[i] for i in order]
+
+
+def test_a_row_of_numbers_that_are_not_finite_changes_no_other() -> None:
+    logits, token_ids, rows = batch(3)
+    expected = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS).tolist()
+    broken = [0, 3, 5, 8]
+    logits[broken] = torch.nan
+    found = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS).tolist()
+    assert all(0 <= token < VOCAB for token in found)
+    assert [token for i, token in enumerate(found) if i not in broken] == [
+        token for i, token in enumerate(expected) if i not in broken
+    ]
+
+
+def test_a_wrong_row_raises_alone_and_in_a_batch() -> None:
+    logits, token_ids, rows = batch(0)
+    rows[4] = replace(rows[4], sampling=SamplingRow(logit_bias=((VOCAB, 1.0),)))
+    for part in (slice(0, None), slice(4, 5)):
+        with pytest.raises(ValueError, match=f"logit_bias holds token {VOCAB}"):
+            sample_tokens(logits[part], rows[part], token_ids=token_ids, processors=PROCESSORS)
+    sample_tokens(logits[:4], rows[:4], token_ids=token_ids, processors=PROCESSORS)
+
+
+def test_logprobs_are_the_models_own_and_counted_row_by_row() -> None:
+    logits, _, _ = batch(1)
+    logits = logits[:3]
+    logits[1] = logits[1].round()
+    chosen = torch.tensor([4, 8, 66])
+    entries = token_logprobs(logits, chosen, [0, 5, 2]).to_host().read()
+    exact = logits.to(torch.float64).log_softmax(-1)
+    for row, (entry, count) in enumerate(zip(entries, [0, 5, 2], strict=True)):
+        values = logits[row].tolist()
+        order = sorted(range(VOCAB), key=lambda token, values=values: (-values[token], token))[:count]
+        assert isinstance(entry, TokenLogprobs)
+        assert entry.logprob == pytest.approx(exact[row, chosen[row]].item(), abs=5e-6)
+        assert entry.rank == 1 + sum(value > values[chosen[row]] for value in values)
+        assert list(entry.top_ids) == order
+        assert list(entry.top_logprobs) == pytest.approx(exact[row, order].tolist(), abs=5e-6)
+
+
+def test_no_rows_have_no_logprobs() -> None:
+    assert token_logprobs(torch.zeros(0, VOCAB), torch.zeros(0, dtype=torch.int64), []).read() == []
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_not_waited_for_and_its_rows_do_not_depend_on_each_other() -> None:
+    logits, token_ids, rows = batch(2)
+    logits, token_ids = logits.cuda(), token_ids.cuda()
+    rows = [replace(row, sampling=replace(row.sampling, processors="")) for row in rows]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens = sample_tokens(logits, rows, token_ids=token_ids, processors={})
+        pending = token_logprobs(logits, tokens, [3] * len(rows)).to_host()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    together = tokens.tolist()
+    assert together == [reference_token(logits[i : i + 1].cpu(), row, token_ids.cpu()) for i, row in enumerate(rows)]
+    for index, row in enumerate(rows):
+        alone = sample_tokens(logits[index : index + 1], [row], token_ids=token_ids, processors={})
+        assert alone.tolist() == [together[index]]
+    exact = logits.cpu().to(torch.float64).log_softmax(-1)
+    for index, entry in enumerate(pending.read()):
+        assert entry.logprob == pytest.approx(exact[index, together[index]].item(), abs=5e-6)
+        assert list(entry.top_ids) == exact[index].topk(3).indices.tolist()
+
+
+@pytest.mark.gpu
+def test_processors_run_on_a_gpu() -> None:
+    logits, token_ids, rows = batch(4)
+    found = sample_tokens(logits.cuda(), rows, token_ids=token_ids.cuda(), processors=PROCESSORS).tolist()
+    assert found == [reference_token(logits[i : i + 1], row, token_ids) for i, row in enumerate(rows)]
