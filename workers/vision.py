@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dist_vlm.workers.comm import Communicator
+from dist_vlm.workers.encoder import FAILURE_REASONS, NOT_ENCODED, Encoded, ImageEncoder, StagedImage
 from dist_vlm.workers.models.family import VisionModel
 from dist_vlm.workers.plan import ImageFailure
 
@@ -37,14 +38,36 @@ class ImageStore:
 
 
 class FeatureStore:
-    """Encoded images by content key: tensors [rows, hidden_size]."""
+    """Encoded images by content key: tensors [rows, hidden_size], the same on every rank.
 
-    def __init__(self, *, vision: VisionModel, comm: Communicator, dtype: torch.dtype, device: torch.device) -> None:
-        self.vision = vision
+    batch_images: images that go through the encoder at once, at most.
+    data_parallel: whether the images of a call are split over the ranks; each then encodes its share and gets the
+        others' features, to the bit. Otherwise, and for a single image, each rank encodes by itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision: VisionModel,
+        comm: Communicator,
+        dtype: torch.dtype,
+        device: torch.device,
+        hidden_size: int,
+        batch_images: int,
+        data_parallel: bool,
+    ) -> None:
+        self.encoder = ImageEncoder(vision=vision, dtype=dtype, device=device, batch_images=batch_images)
         self.comm = comm
         self.dtype = dtype
         self.device = device
+        self.hidden_size = hidden_size
+        self.data_parallel = data_parallel
         self.features: dict[str, torch.Tensor] = {}
+
+    @property
+    def num_encoded(self) -> int:
+        """Images that this rank's encoder has encoded since the start."""
+        return self.encoder.num_encoded
 
     def drop(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -53,37 +76,69 @@ class FeatureStore:
     def encode(self, keys: Sequence[str], images: ImageStore) -> tuple[ImageFailure, ...]:
         """Encodes staged images and returns those that failed on any rank, the same list on every rank.
 
-        A failure keeps no rank from the collective: each encodes what it can, then all agree.
+        One all-reduce, in which the ranks tell their failures before anything depends on them, and where images are
+        split one all-gather of their features: a failure keeps no rank from either.
         """
         if not keys:
             return ()
-        errors: dict[str, str] = {}
+        ranks = self.comm.world_size
+        split = self.data_parallel and ranks > 1 and len(keys) > 1
+        mine = keys[self.comm.rank :: ranks] if split else keys
+        done = self._encode_here(mine, images)
+        reasons, num_rows = self._agree(keys, done)
+        for key in keys:
+            self.features.pop(key, None)
+        good = {key: rows for key, rows, reason in zip(keys, num_rows, reasons, strict=True) if reason is None}
+        if split and good:
+            self.features.update(self._gather(keys, good, done))
+        else:
+            self.features.update({key: done.features[key] for key in good})
+        return tuple(ImageFailure(key, reason) for key, reason in zip(keys, reasons, strict=True) if reason is not None)
+
+    def _encode_here(self, keys: Sequence[str], images: ImageStore) -> Encoded:
+        staged, missing = [], {}
         for key in keys:
             try:
-                self.features[key] = self._encode_one(*images.get(key))
-            except Exception as error:
-                _log.exception("image %s could not be encoded", key)
-                errors[key] = type(error).__name__
-        failed = self._agree([key in errors for key in keys])
-        failures = []
-        for key, bad in zip(keys, failed, strict=True):
-            if bad:
-                self.features.pop(key, None)
-                failures.append(ImageFailure(key, "the image could not be encoded"))
-        return tuple(failures)
+                staged.append(StagedImage(key, *images.get(key)))
+            except KeyError:
+                _log.error("image %s is to be encoded, but is not staged", key)
+                missing[key] = NOT_ENCODED
+        done = self.encoder.encode(staged)
+        done.failed.update(missing)
+        return done
 
-    def _encode_one(self, kind: str, array: np.ndarray) -> torch.Tensor:
-        # torch lets cuDNN round a float32 convolution's operands to TF32; asked for float32, we mean it.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=self.dtype != torch.float32):
-            return self._encode_array(kind, array)
+    def _agree(self, keys: Sequence[str], done: Encoded) -> tuple[list[str | None], list[int]]:
+        """For each image why it failed, None if it did on no rank, and its number of feature rows.
 
-    def _encode_array(self, kind: str, array: np.ndarray) -> torch.Tensor:
-        # A staged array is read-only and shared with other ranks: copy it before it becomes a tensor.
-        tensor = torch.from_numpy(np.array(array)).to(device=self.device, dtype=self.dtype)
-        if kind == "pixel_values":
-            return self.vision.encode_pixels(tensor)[0]
-        return self.vision.project_features(tensor)[0]
+        Votes are float32 [1 + reasons, images]: a one at a failure's reason, and rows where they are known. Where all
+        ranks encode an image, they add up to a multiple of its rows, which is then not read.
+        """
+        votes = torch.zeros(1 + len(FAILURE_REASONS), len(keys))
+        for column, key in enumerate(keys):
+            if key in done.failed:
+                votes[1 + FAILURE_REASONS.index(done.failed[key]), column] = 1
+            elif key in done.features:
+                votes[0, column] = done.features[key].shape[0]
+        rows, *failed = self.comm.all_reduce(votes.to(self.device)).tolist()
+        reasons = [
+            next((reason for reason, votes in zip(FAILURE_REASONS, column, strict=True) if votes), None)
+            for column in zip(*failed, strict=True)
+        ]
+        return reasons, [int(count) for count in rows]
 
-    def _agree(self, failed_here: list[bool]) -> list[bool]:
-        votes = torch.tensor(failed_here, dtype=torch.float32, device=self.device)
-        return [bool(vote) for vote in self.comm.all_reduce(votes).tolist()]
+    def _gather(self, keys: Sequence[str], good: dict[str, int], done: Encoded) -> dict[str, torch.Tensor]:
+        """All ranks' features. Image i is the (i // ranks)-th of rank i % ranks; shorter shares and images are padded
+        with zeros, and so are failed ones."""
+        ranks = self.comm.world_size
+        share = torch.zeros(
+            (-(-len(keys) // ranks), max(good.values()), self.hidden_size), dtype=self.dtype, device=self.device
+        )
+        for place, key in enumerate(keys[self.comm.rank :: ranks]):
+            if key in good:
+                share[place, : good[key]] = done.features.pop(key)
+        gathered = self.comm.all_gather(share)
+        return {
+            key: gathered[index % ranks, index // ranks, : good[key]].clone()
+            for index, key in enumerate(keys)
+            if key in good
+        }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 from dist_vlm.config import EngineConfig
+from dist_vlm.engine.feature_budget import ITEM_BYTES, feature_budget
 from dist_vlm.executor import make_executor
 from dist_vlm.executor.base import Executor
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.models import ModelSpec, read_spec
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 1 << 30
 
 
@@ -25,6 +25,7 @@ def executor_for(config: EngineConfig) -> Executor:
         start_timeout_s=parallel.start_timeout_s,
         step_timeout_s=parallel.step_timeout_s,
         transport=parallel.transport,
+        max_steps_in_flight=config.scheduler.max_steps_in_flight,
     )
 
 
@@ -49,6 +50,8 @@ def rank_config(config: EngineConfig, spec: ModelSpec) -> RankConfig:
         kernels="torch" if parallel.kernels == "auto" else parallel.kernels,
         share_gpu=parallel.share_gpu,
         seed=config.model.seed,
+        feature_cache_tokens=feature_budget(config, spec).capacity_rows,
+        vision_data_parallel=config.vision.vision_data_parallel,
     )
 
 
@@ -57,7 +60,7 @@ def _kv_cache_bytes(config: EngineConfig, spec: ModelSpec) -> int | None:
     num_blocks, gib = config.cache.num_gpu_blocks_override, config.cache.kv_cache_memory_gib
     if num_blocks is not None:
         kv_heads = max(1, spec.num_kv_heads // config.parallel.tensor_parallel_size)
-        row_bytes = kv_heads * spec.head_dim * _ITEM_BYTES[config.model.dtype]
+        row_bytes = kv_heads * spec.head_dim * ITEM_BYTES[config.model.dtype]
         return num_blocks * 2 * spec.num_layers * config.cache.block_size * row_bytes
     return None if gib is None else int(gib * _GIB)
 

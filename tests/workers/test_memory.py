@@ -1,10 +1,20 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
-from dist_vlm.workers.memory import activation_bytes, image_bytes, kv_cache_bytes
-from dist_vlm.workers.models import read_spec
+from dist_vlm.workers.comm import single_rank
+from dist_vlm.workers.memory import (
+    activation_bytes,
+    encoder_batch_images,
+    image_bytes,
+    kv_cache_bytes,
+    vision_arena_bytes,
+)
+from dist_vlm.workers.models import get_family, read_spec
+from dist_vlm.workers.peak_memory import PeakMemory
+from dist_vlm.workers.vision import FeatureStore, ImageStore
 
 from .test_runner import rank_config
 
@@ -30,8 +40,90 @@ def test_the_arena_of_a_7b_step_by_hand(spec, facts_7b):
     assert activation_bytes(spec, config, torch.bfloat16) == expected
     halved = activation_bytes(spec, dataclasses.replace(config, world_size=2), torch.bfloat16)
     assert halved == 8192 * (4 * 4096 + 3 * 11008 // 2) * 2 + 4 * 256 * 32064 * 4
-    assert image_bytes(spec, config, torch.bfloat16) > 2 * 8192 * 4096 * 2
-    assert image_bytes(dataclasses.replace(spec, image_feature_size=None), config, torch.bfloat16) == 0
+
+
+# Of the 7b model: 3 x 336 x 336 pixels, 24 hidden states of 577 x 1024, and 577 rows of the MLP.
+IMAGE_NUMBERS = 3 * 336**2 + 577 * (24 * 1024 + 3 * 1024 + 4 * 4096)
+ARENA = 512 << 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "images"),
+    [
+        ({"max_num_batched_tokens": 8192}, torch.bfloat16, ARENA // (2 * IMAGE_NUMBERS)),
+        ({"max_num_batched_tokens": 8192}, torch.float32, ARENA // (4 * IMAGE_NUMBERS)),
+        # No more than a step encodes: 8192 rows are 14 images, two ranks have 7 each.
+        ({"max_num_batched_tokens": 8192, "world_size": 2}, torch.bfloat16, 7),
+        ({"max_num_batched_tokens": 8192, "world_size": 4}, torch.bfloat16, 4),
+        ({"max_num_batched_tokens": 8192, "world_size": 2, "vision_data_parallel": False}, torch.bfloat16, 10),
+        ({"max_num_batched_tokens": 576 * 3 - 1}, torch.bfloat16, 2),
+        ({"max_num_batched_tokens": 64}, torch.bfloat16, 1),
+    ],
+    ids=str,
+)
+def test_as_many_images_are_encoded_at_once_as_fit_the_arena(spec, facts_7b, changes, dtype, images):
+    config = rank_config(facts_7b, **changes)
+    assert encoder_batch_images(spec, config, dtype) == images
+    assert vision_arena_bytes(spec, config, dtype) == images * IMAGE_NUMBERS * dtype.itemsize <= ARENA
+
+
+def test_an_image_larger_than_the_arena_is_encoded_alone(spec, facts_7b):
+    huge = dataclasses.replace(spec, image_activation_size=ARENA)
+    config = rank_config(facts_7b, max_num_batched_tokens=8192)
+    assert encoder_batch_images(huge, config, torch.bfloat16) == 1
+    assert vision_arena_bytes(huge, config, torch.bfloat16) == 2 * ARENA
+
+
+def test_a_ranks_images_by_hand(spec, facts_7b):
+    config = rank_config(facts_7b, max_num_batched_tokens=8192, feature_cache_tokens=32768)
+    row, image = 4096 * 2, 2 * IMAGE_NUMBERS
+    assert image_bytes(spec, config, torch.bfloat16) == 32768 * row + 10 * image
+    # Two ranks: 7 images each, encoded and padded; twice 14 gathered.
+    split = dataclasses.replace(config, world_size=2)
+    assert image_bytes(spec, split, torch.bfloat16) == (32768 + (7 + 7 + 2 * 14) * 576) * row + 7 * image
+    whole = dataclasses.replace(split, vision_data_parallel=False)
+    assert image_bytes(spec, whole, torch.bfloat16) == image_bytes(spec, config, torch.bfloat16)
+
+
+def test_a_model_without_images_has_no_arena(spec, facts_7b):
+    text = dataclasses.replace(spec, image_feature_size=None, image_activation_size=None)
+    config = rank_config(facts_7b)
+    assert image_bytes(text, config, torch.bfloat16) == vision_arena_bytes(text, config, torch.bfloat16) == 0
+    assert encoder_batch_images(text, config, torch.bfloat16) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_gpu_encodes_a_full_batch_within_the_arena(spec, facts_7b, dtype):
+    device = torch.device("cuda")
+    config = rank_config(facts_7b, max_num_batched_tokens=8192, device="cuda")
+    vision = get_family(spec.family).build_vision(spec, dtype=dtype, device=device)
+    features = FeatureStore(
+        vision=vision,
+        comm=single_rank(),
+        dtype=dtype,
+        device=device,
+        hidden_size=spec.hidden_size,
+        batch_images=encoder_batch_images(spec, config, dtype),
+        data_parallel=True,
+    )
+    for parameter in vision.module.parameters():
+        parameter.data.normal_(std=0.02)
+    images, keys = ImageStore(), [f"i{n}" for n in range(14)]
+    for key in keys:
+        images.stage(key, "pixel_values", np.zeros(spec.image_input_shape, np.float32))
+    with torch.inference_mode():
+        features.encode(keys[:1], images)  # the libraries' own workspaces
+        features.drop(keys)
+        peak = PeakMemory(device)
+        assert features.encode(keys, images) == ()
+    held = sum(rows.nbytes for rows in features.features.values())
+    assert held == 14 * 576 * 4096 * dtype.itemsize
+    bound = vision_arena_bytes(spec, config, dtype)
+    used = peak.growth_bytes()
+    print(f"{dtype}: {used / 2**20:.1f} MiB, {held / 2**20:.1f} of features, arena {bound / 2**20:.1f}")
+    assert used <= held + bound
+    assert used > 0.5 * bound
 
 
 @pytest.mark.gpu

@@ -27,8 +27,12 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
-        """Writes the batch's keys and values and returns float32 logits [len(batch.logits_rows), vocab_size],
-        gathered: the same on every rank."""
+        """Writes the batch's keys and values and returns the normed last hidden states of `batch.logits_rows`,
+        [len(batch.logits_rows), hidden_size], reduced: the same on every rank."""
+
+    @abstractmethod
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows of `forward`'s result [R, hidden_size] -> float32 [R, vocab_size], gathered: the same on every rank."""
 
 
 class VisionModel(ABC):

@@ -65,6 +65,12 @@ class Fields:
             raise self.error(name, " or ".join(allowed))
         return str(value)
 
+    def text(self, name: str, default: str) -> str:
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise self.error(name, "a string")
+        return value
+
     def section(self, name: str) -> Fields:
         value = self._get(name, {})
         if not isinstance(value, dict):

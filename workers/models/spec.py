@@ -16,6 +16,10 @@ class ModelSpec:
     image_feature_size: positions (and feature rows) of one image.
     image_input_shape: (1, channels, height, width) of the pixel tensor of one image.
     image_feature_width: width of a row of the vision tower's output, before the projector.
+    image_activation_size: numbers, of the weights' type, that the vision encoder holds at once for each image of a
+        batch, from its pixels to its features: an upper bound.
+    is_prefix_cacheable: whether keys and values of a prefix are the same in every sequence that begins with it; not
+        so where rotary frequencies depend on the sequence's length.
     eos_token_ids: tokens that end a generation.
     """
 
@@ -34,9 +38,11 @@ class ModelSpec:
     image_feature_size: int | None
     image_input_shape: tuple[int, int, int, int] | None
     image_feature_width: int | None
+    image_activation_size: int | None
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    is_prefix_cacheable: bool
 
 
 class CheckpointError(ValueError):

@@ -26,6 +26,7 @@ def test_absent_and_null_fields_take_the_default(tmp_path) -> None:
     assert fields.integers("list") == (1, 2)
     assert fields.integers("n") == (3,)
     assert fields.section("absent").values == {}
+    assert fields.text("a", "x") == "x"
 
 
 def test_a_required_field_that_is_absent_is_named_with_its_section(tmp_path) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import LlavaConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Their frequencies are those of the sequence's length: see dist_vlm.workers.rotary.
+LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
 # Of a checkpoint without `vision_config`; with one, the fields it leaves out take CLIPVisionConfig's.
 DEFAULT_TOWER = {
     "hidden_size": 1024,
@@ -42,6 +44,7 @@ class TextFacts:
     tied_head: bool
     attention_bias: bool
     mlp_bias: bool
+    rope_type: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class VisionFacts:
     """
 
     hidden_size: int
+    intermediate_size: int
     num_layers: int
     image_size: int
     patch_size: int
@@ -72,6 +76,20 @@ class VisionFacts:
     @property
     def width(self) -> int:
         return self.hidden_size * len(self.feature_layers)
+
+    def activation_size(self, text_hidden_size: int) -> int:
+        """See `ModelSpec.image_activation_size`.
+
+        The pixels and all hidden states stay to the end. Beside them, whichever is largest: attention's input, its
+        normed copy, queries, keys, values and two forms of the result; the MLP's input, its normed copy, product and
+        four of its inner width (QuickGELU's factors among them); or the selected rows and the projector's three.
+        """
+        tower_rows = (self.image_size // self.patch_size) ** 2 + 1
+        kept = self.num_channels * self.image_size**2 + (self.num_needed_layers + 1) * tower_rows * self.hidden_size
+        attention = tower_rows * 7 * self.hidden_size
+        mlp = tower_rows * (3 * self.hidden_size + 4 * self.intermediate_size)
+        projector = self.num_rows * (self.width + 3 * text_hidden_size)
+        return kept + max(attention, mlp, projector)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +150,17 @@ def _text_facts(root: Fields) -> TextFacts:
         tied_head=root.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
         attention_bias=text.flag("attention_bias", False),
         mlp_bias=text.flag("mlp_bias", False),
+        rope_type=_rope_type(text),
     )
+
+
+def _rope_type(text: Fields) -> str:
+    """Under whichever names the file has: `rope_scaling` is the older one, and goes first as in transformers."""
+    rope = text.section("rope_scaling")
+    if not rope.values:
+        rope = text.section("rope_parameters")
+    name = "rope_type" if rope.values.get("rope_type") is not None else "type"
+    return rope.text(name, "default")
 
 
 def _vision_facts(root: Fields) -> VisionFacts:
@@ -147,6 +175,7 @@ def _vision_facts(root: Fields) -> VisionFacts:
     strategy = root.choice("vision_feature_select_strategy", "default", ("default", "full"))
     return VisionFacts(
         hidden_size=vision.integer("hidden_size", default.get("hidden_size", 768)),
+        intermediate_size=vision.integer("intermediate_size", default.get("intermediate_size", 3072)),
         num_layers=num_layers,
         image_size=image_size,
         patch_size=patch_size,
@@ -185,9 +214,11 @@ def read_spec(path: str, config: dict[str, Any]) -> ModelSpec:
         image_feature_size=vision.num_rows,
         image_input_shape=(1, vision.num_channels, vision.image_size, vision.image_size),
         image_feature_width=vision.width,
+        image_activation_size=vision.activation_size(text.hidden_size),
         bos_token_id=bos[0] if bos else 1,
         eos_token_ids=eos or (2,),
         pad_token_id=pad[0] if pad else None,
+        is_prefix_cacheable=text.rope_type not in LENGTH_DEPENDENT_ROPE_TYPES,
     )
 
 

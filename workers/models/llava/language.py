@@ -1,8 +1,8 @@
 """The Llama language model of a LLaVA checkpoint, one rank's shard of it.
 
 The forward reads as on one device: where a product is split over the ranks, a layer returns its partial sum, and
-`reduce_add_norm` is the only place that adds the ranks up. A forward makes 2 * num_layers + 1 all-reduces, and one
-all-gather where logits are asked for.
+`reduce_add_norm` is the only place that adds the ranks up. A forward makes 2 * num_layers all-reduces and one more
+where rows are asked for, `logits` one all-gather.
 Touvron et al., "LLaMA", 2023; Liu et al., "Visual Instruction Tuning", 2023.
 """
 
@@ -113,7 +113,11 @@ class LlamaLanguageModel(LanguageModel):
             partial = layer.attention_out(attended.flatten(1))
             normed, residual = self._reduce(partial, residual, layer.post_attention_norm)
             partial = layer.down(self.ops.silu_mul(layer.gate_up(normed)))
-        return self._logits(partial, residual, batch.logits_rows)
+        return self._last_hidden(partial, residual, batch.logits_rows)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.shard.head(hidden)
+        return logits
 
     def _plan_attention(self, batch: Batch, kv_cache: KVCache) -> Any:
         keys = kv_cache.keys[0]
@@ -140,13 +144,13 @@ class LlamaLanguageModel(LanguageModel):
             partial, residual, norm.weight, eps=self.facts.rms_norm_eps, all_reduce=self.comm.all_reduce
         )
 
-    def _logits(self, partial: Tensor, residual: Tensor | None, rows: Tensor) -> Tensor:
-        """float32 [len(rows), vocab_size]; only the rows asked for are reduced, normed and multiplied."""
-        if rows.shape[0]:
-            partial = partial.index_select(0, rows)
-            residual = None if residual is None else residual.index_select(0, rows)
-        normed, _ = self._reduce(partial, residual, self.shard.norm)
+    def _last_hidden(self, partial: Tensor, residual: Tensor | None, rows: Tensor) -> Tensor:
+        """[len(rows), hidden_size]; only the rows asked for are reduced and normed, and without any, nothing is."""
         if not rows.shape[0]:
-            return torch.empty((0, self.facts.vocab_size), dtype=torch.float32, device=partial.device)
-        logits: Tensor = self.shard.head(normed)
-        return logits
+            return partial[:0]
+        normed, _ = self._reduce(
+            partial.index_select(0, rows),
+            None if residual is None else residual.index_select(0, rows),
+            self.shard.norm,
+        )
+        return normed

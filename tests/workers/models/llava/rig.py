@@ -80,7 +80,14 @@ class Ranks:
     caches: list[KVCache] = field(default_factory=list)
 
     def forward(self, batch: Batch) -> list[Tensor]:
-        return on_ranks(self.comms, lambda rank: self.models[rank].forward(batch, self.caches[rank]))
+        def logits(rank: int) -> Tensor:
+            model = self.models[rank]
+            hidden = model.forward(batch, self.caches[rank])
+            if hidden.shape[0]:
+                return model.logits(hidden)
+            return torch.empty((0, self.spec.vocab_size), dtype=torch.float32, device=hidden.device)
+
+        return on_ranks(self.comms, logits)
 
 
 def build_ranks(

@@ -66,6 +66,9 @@ def test_the_hub_checkpoint_of_7b(tmp_path) -> None:
     assert (spec.max_position_embeddings, spec.dtype, spec.family) == (4096, "float16", "llava")
     assert (spec.image_token_id, spec.image_feature_size, spec.image_feature_width) == (32000, 576, 1024)
     assert spec.image_input_shape == (1, 3, 336, 336)
+    # Pixels, 24 hidden states of 577 rows, and the MLP: 3 rows of its outer and 4 of its inner width.
+    assert spec.image_activation_size == 3 * 336**2 + 577 * (24 * 1024 + 3 * 1024 + 4 * 4096)
+    assert spec.is_prefix_cacheable
     assert (spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id) == (1, (2,), 32001)
 
 
@@ -102,10 +105,48 @@ def test_facts_are_those_that_transformers_reads(tmp_path, config) -> None:
     ):
         assert getattr(facts.text, ours) == getattr(text, theirs), ours
     assert facts.text.tied_head == own.tie_word_embeddings
+    assert facts.text.rope_type == text.rope_parameters["rope_type"]
     assert facts.vision.hidden_size == vision.hidden_size
+    assert facts.vision.intermediate_size == vision.intermediate_size
     assert facts.vision.num_layers == vision.num_hidden_layers
     assert (facts.vision.image_size, facts.vision.patch_size) == (vision.image_size, vision.patch_size)
     assert facts.vision.num_channels == vision.num_channels
+
+
+LONGROPE = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "factor": 2.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 2048}
+ROPES = {
+    "older name": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear", True),
+    "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic", False),
+    "both types": ({"rope_scaling": {"rope_type": "dynamic", "type": "linear", "factor": 2.0}}, "dynamic", False),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn", True),
+    "llama3": ({"rope_parameters": {"rope_type": "llama3", **LLAMA3, "rope_theta": 1e4}}, "llama3", True),
+    "longrope": ({"rope_parameters": {"rope_type": "longrope", **LONGROPE, "rope_theta": 1e4}}, "longrope", False),
+    "theta alone": ({"rope_parameters": {"rope_theta": 5e5}}, "default", True),
+    "both": (
+        {
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+        },
+        "dynamic",
+        False,
+    ),
+    "an empty older one": (
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "dynamic",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "rope_type", "is_prefix_cacheable"), ROPES.values(), ids=ROPES.keys())
+def test_frequencies_of_the_sequences_length_forbid_a_prefix_cache(
+    tmp_path, fields, rope_type, is_prefix_cacheable
+) -> None:
+    path = write(tmp_path, changed("text_config", **fields))
+    assert read_facts(path).text.rope_type == rope_type
+    assert transformers_config(path).text_config.rope_parameters["rope_type"] == rope_type
+    assert read_spec(path).is_prefix_cacheable == is_prefix_cacheable
 
 
 @pytest.mark.parametrize(
@@ -144,6 +185,8 @@ def test_special_tokens_come_from_the_generation_config_first(tmp_path) -> None:
         ("text_config", {"hidden_size": 4097}, "hidden_size is 4097, must be a multiple of num_attention_heads 32"),
         ("text_config", {"head_dim": 33}, "text_config.head_dim is 33, must be even"),
         ("text_config", {"rms_norm_eps": -1}, "text_config.rms_norm_eps is -1, must be a number above 0"),
+        ("text_config", {"rope_scaling": {"type": 3}}, "text_config.rope_scaling.type is 3, must be a string"),
+        ("text_config", {"rope_scaling": "linear"}, "text_config.rope_scaling is 'linear', must be an object"),
         ("text_config", {"attention_bias": "no"}, "text_config.attention_bias is 'no', must be true or false"),
         ("text_config", {"vocab_size": 32000}, "image_token_index is 32000, must be below text_config.vocab_size"),
         ("vision_config", {"model_type": "siglip_vision_model"}, "vision_config.model_type is 'siglip_vision_model'"),

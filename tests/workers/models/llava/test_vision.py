@@ -9,6 +9,7 @@ from dist_vlm.workers.models import get_family, read_spec
 from dist_vlm.workers.models.llava.config import read_facts
 from dist_vlm.workers.safetensors_source import SafetensorsSource
 
+from ...live_bytes import LiveBytes
 from .rig import CPU, llava_config, random_model
 
 SELECTIONS = {
@@ -87,3 +88,34 @@ def test_a_gpu_computes_what_the_cpu_does(loaded) -> None:
     with torch.backends.cudnn.flags(allow_tf32=False):  # torch lets a float32 convolution use it otherwise
         actual = on_gpu.encode_pixels(pixels(2).cuda()).cpu()
     torch.testing.assert_close(actual, vision.encode_pixels(pixels(2)), atol=1e-3, rtol=1e-3)
+
+
+# Shapes in which each of the bound's parts is the largest.
+SHAPES = {
+    "deep": ({"num_hidden_layers": 9}, {}, {}),
+    "wide MLP": ({"intermediate_size": 512}, {}, {}),
+    "attention": ({"intermediate_size": 8, "num_hidden_layers": 1}, {}, {"vision_feature_layer": -1}),
+    "projector": ({}, {"hidden_size": 512}, {}),
+    "several layers, full": (
+        {},
+        {},
+        {"vision_feature_layer": [-2, 1, -1, 2], "vision_feature_select_strategy": "full"},
+    ),
+    "gelu_new": ({"hidden_act": "gelu_new", "intermediate_size": 512}, {}, {}),
+}
+
+
+@pytest.mark.parametrize(("vision", "text", "llava"), SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_takes_no_more_memory_than_its_activation_size(tmp_path, vision, text, llava, dtype) -> None:
+    config = llava_config(vision={"image_size": 70, "hidden_size": 64} | vision, llava=llava, **text)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    spec = read_spec(str(tmp_path))
+    model = get_family(spec.family).build_vision(spec, dtype=dtype, device=CPU)
+    batch = torch.zeros(16, *spec.image_input_shape[1:], dtype=dtype)
+    with torch.no_grad(), LiveBytes(list(model.module.parameters())) as memory:
+        features = model.encode_pixels(batch)
+    assert memory.now == features.nbytes, "the rest was freed"
+    bound = 16 * spec.image_activation_size * dtype.itemsize
+    assert 0.6 * bound < memory.peak + batch.nbytes <= bound
