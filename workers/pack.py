@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,16 +13,71 @@ from dist_vlm.workers.batch import Batch
 from dist_vlm.workers.plan import Slice
 from dist_vlm.workers.slots import SlotTable
 
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Rows of the logits that tell of prompt tokens: those at the positions [start, start + count) of a slot.
+
+    num_top: alternatives wanted with each.
+    """
+
+    slot: int
+    start: int
+    count: int
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A batch, and whose its logits are: first a row for each slice that samples, in their order, then `prompt_rows`.
+
+    unpackable: slots whose slice raised. Their tokens are computed without images and are to be thrown away, so that
+        this rank keeps step with the others, which may have met no error.
+    """
+
+    batch: Batch
+    prompt_rows: tuple[PromptRows, ...]
+    unpackable: tuple[int, ...] = ()
+
 
 def pack(
     slices: Sequence[Slice], *, slots: SlotTable, features: Mapping[str, torch.Tensor], empty_features: torch.Tensor
-) -> Batch:
-    """Builds the batch of a step.
+) -> Packed:
+    """Builds the batch of a step. An error of a slice is that slice's alone: see `Packed.unpackable`.
 
     slices: at least one; their blocks are in the slot table already.
     features: content key -> [rows, hidden_size] of every image that a slice overlaps.
     empty_features: [0, hidden_size] of the model's dtype, on its device.
     """
+    try:
+        return _pack(slices, slots, features, empty_features)
+    except Exception:
+        _log.exception("a step could not be packed; looking for the slot")
+    guilty = tuple(piece.slot for piece in slices if not _is_packable(piece, slots, features, empty_features))
+    packed = _pack(slices, slots, features, empty_features, without_images=guilty)
+    return Packed(packed.batch, packed.prompt_rows, guilty)
+
+
+def _is_packable(
+    piece: Slice, slots: SlotTable, features: Mapping[str, torch.Tensor], empty_features: torch.Tensor
+) -> bool:
+    try:
+        _pack([piece], slots, features, empty_features)
+    except Exception:
+        _log.exception("slot %d cannot be packed", piece.slot)
+        return False
+    return True
+
+
+def _pack(
+    slices: Sequence[Slice],
+    slots: SlotTable,
+    features: Mapping[str, torch.Tensor],
+    empty_features: torch.Tensor,
+    without_images: Collection[int] = (),
+) -> Packed:
     device = slots.token_ids.device
     counts = np.array([piece.count for piece in slices])
     starts = np.concatenate(([0], np.cumsum(counts)))
@@ -30,14 +87,20 @@ def pack(
     num_prompt_tokens = np.repeat([slots.sequence(piece.slot).num_prompt_tokens for piece in slices], counts)
     block_of_token = slots.block_ids[slot_of_token, positions // slots.block_size]
     slot_mapping = block_of_token * slots.block_size + positions % slots.block_size
-    image_rows, image_features = _image_rows(slices, starts, slots, features)
+    image_rows, image_features = _image_rows(slices, starts, slots, features, without_images, empty_features.shape[1])
     logits_rows = [start + piece.count - 1 for start, piece in zip(starts, slices, strict=False) if piece.sample]
+    prompt_rows = _prompt_rows(slices, slots)
+    first_row = {piece.slot: int(start) - piece.start for start, piece in zip(starts, slices, strict=False)}
+    for rows in prompt_rows:
+        # The logits at a position tell of the token after it.
+        low = first_row[rows.slot] + rows.start - 1
+        logits_rows.extend(range(low, low + rows.count))
 
     def put(array: np.ndarray | list[int]) -> torch.Tensor:
         return torch.as_tensor(np.asarray(array, dtype=np.int64)).to(device, non_blocking=True)
 
     device_positions = put(positions)
-    return Batch(
+    batch = Batch(
         token_ids=slots.token_ids[put(slot_of_token), device_positions],
         positions=device_positions.unsqueeze(0),
         rotary_lengths=put(np.maximum(num_prompt_tokens, positions + 1)),
@@ -51,6 +114,18 @@ def pack(
         max_query_len=int(counts.max()),
         max_context_len=int(context_lens.max()),
     )
+    return Packed(batch, prompt_rows)
+
+
+def _prompt_rows(slices: Sequence[Slice], slots: SlotTable) -> tuple[PromptRows, ...]:
+    found = []
+    for piece in slices:
+        sequence = slots.sequence(piece.slot)
+        num_top = sequence.sampling.prompt_logprobs
+        count = min(piece.start + piece.count + 1, sequence.num_prompt_tokens) - (piece.start + 1)
+        if num_top is not None and count > 0:
+            found.append(PromptRows(piece.slot, piece.start + 1, count, num_top))
+    return tuple(found)
 
 
 def _block_tables(slices: Sequence[Slice], context_lens: np.ndarray, slots: SlotTable) -> np.ndarray:
@@ -61,16 +136,26 @@ def _block_tables(slices: Sequence[Slice], context_lens: np.ndarray, slots: Slot
 
 
 def _image_rows(
-    slices: Sequence[Slice], starts: np.ndarray, slots: SlotTable, features: Mapping[str, torch.Tensor]
+    slices: Sequence[Slice],
+    starts: np.ndarray,
+    slots: SlotTable,
+    features: Mapping[str, torch.Tensor],
+    without_images: Collection[int],
+    width: int,
 ) -> tuple[list[int], list[torch.Tensor]]:
     """Rows of the batch that image features fill, and those features, span by span."""
     rows: list[int] = []
     parts: list[torch.Tensor] = []
     for batch_start, piece in zip(starts, slices, strict=False):
+        if piece.slot in without_images:
+            continue
         end = piece.start + piece.count
         for span in slots.sequence(piece.slot).images:
             low, high = max(span.start, piece.start), min(span.end, end)
             if low < high:
+                if features[span.image].shape != (span.count, width):
+                    shape = list(features[span.image].shape)
+                    raise ValueError(f"image {span.image} has features of shape {shape}, not [{span.count}, {width}]")
                 shift = int(batch_start) - piece.start
                 rows.extend(range(shift + low, shift + high))
                 parts.append(features[span.image][low - span.start : high - span.start])

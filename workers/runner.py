@@ -10,15 +10,18 @@ import numpy as np
 import torch
 
 from dist_vlm.kernels.choice import choose
+from dist_vlm.kernels.upload import upload
 from dist_vlm.workers.comm import Communicator
+from dist_vlm.workers.computed import NOT_FINITE, SLOT_FAILURES, UNPACKABLE, UNSAMPLED, Computed, LaunchedStep
 from dist_vlm.workers.config import LoadReport, RankConfig
 from dist_vlm.workers.kv_cache import KVCache, block_bytes
-from dist_vlm.workers.memory import kv_cache_bytes
+from dist_vlm.workers.memory import encoder_batch_images, kv_cache_bytes
 from dist_vlm.workers.models import get_family, read_spec
-from dist_vlm.workers.pack import pack
+from dist_vlm.workers.pack import PromptRows, pack
 from dist_vlm.workers.peak_memory import PeakMemory
-from dist_vlm.workers.plan import SampledTokens, Slice, SlotFailure, StepCounters, StepPlan, StepResult
-from dist_vlm.workers.sampler import sample_tokens
+from dist_vlm.workers.pending import FinishedStep, PendingStep
+from dist_vlm.workers.plan import Slice, StepCounters, StepPlan, StepResult
+from dist_vlm.workers.sampler import LogitsProcessor, PendingLogprobs, SampleRow, sample_tokens, token_logprobs
 from dist_vlm.workers.slots import SlotTable
 from dist_vlm.workers.vision import FeatureStore, ImageStore
 from dist_vlm.workers.weights import open_weights
@@ -27,7 +30,10 @@ _log = logging.getLogger(__name__)
 
 
 class Runner:
-    """`load`, `allocate`, then any number of `step`s; `stage` and `unstage` at any time, from any thread."""
+    """`load`, `allocate`, then any number of `launch`es; `stage` and `unstage` at any time, from any thread.
+
+    processors: logits processors by the name that a sequence's `SamplingRow` has.
+    """
 
     def __init__(self, config: RankConfig, comm: Communicator) -> None:
         self.config = config
@@ -38,6 +44,7 @@ class Runner:
         self.family = get_family(self.spec.family)
         self.ops = choose(config.kernels, self.device)
         self.images = ImageStore()
+        self.processors: dict[str, tuple[LogitsProcessor, ...]] = {}
         self.slots = SlotTable(
             num_slots=config.max_num_seqs,
             max_model_len=config.max_model_len,
@@ -63,7 +70,15 @@ class Runner:
             self.family.load_language(self.language, self.spec, source)
             self.family.load_vision(self.vision, self.spec, source)
         peak_bytes = peak.growth_bytes()
-        self.features = FeatureStore(vision=self.vision, comm=self.comm, dtype=self.dtype, device=self.device)
+        self.features = FeatureStore(
+            vision=self.vision,
+            comm=self.comm,
+            dtype=self.dtype,
+            device=self.device,
+            hidden_size=self.spec.hidden_size,
+            batch_images=encoder_batch_images(self.spec, self.config, self.dtype),
+            data_parallel=self.config.vision_data_parallel,
+        )
         num_language, num_vision = _num_parameters(self.language.module), _num_parameters(self.vision.module)
         per_block = block_bytes(**self._cache_shape(), dtype=self.dtype)
         report = LoadReport(
@@ -93,6 +108,7 @@ class Runner:
         self.kv_cache = KVCache.allocate(
             num_blocks=num_blocks, dtype=self.dtype, device=self.device, **self._cache_shape()
         )
+        self._no_tokens = torch.empty(0, dtype=torch.int64, device=self.device)
         self._no_features = torch.empty((0, self.spec.hidden_size), dtype=self.dtype, device=self.device)
 
     def stage(self, key: str, kind: str, array: np.ndarray) -> None:
@@ -102,25 +118,23 @@ class Runner:
         self.images.unstage(key)
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> StepResult:
-        """Runs one plan; see `dist_vlm.workers.plan` for the order of its fields."""
-        began, collectives = time.perf_counter_ns(), self.comm.count.total
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Starts one plan; see `dist_vlm.workers.plan` for the order of its fields. Its result may be waited for while
+        later plans are launched: tokens stay on the device, where the next plan finds them."""
+        began, collectives, encoded = time.perf_counter_ns(), self.comm.count.total, self.features.num_encoded
         self._apply(plan)
         image_failures = self.features.encode(plan.encode, self.images)
         slices = [piece for piece in plan.slices if self._is_computable(piece)]
-        sampled, slot_failures = self._compute(slices) if slices else ((), ())
-        return StepResult(
-            step_id=plan.step_id,
-            rank=self.config.rank,
-            sampled=sampled,
-            image_failures=image_failures,
-            slot_failures=slot_failures,
-            counters=StepCounters(
-                num_collectives=self.comm.count.total - collectives,
-                num_encoded_images=len(plan.encode) - len(image_failures),
-                busy_us=(time.perf_counter_ns() - began) // 1000,
-            ),
+        computed = self._compute(slices) if slices else None
+        counters = StepCounters(
+            num_collectives=self.comm.count.total - collectives,
+            num_encoded_images=self.features.num_encoded - encoded,
+            busy_us=(time.perf_counter_ns() - began) // 1000,
         )
+        result = StepResult(plan.step_id, self.config.rank, image_failures=image_failures, counters=counters)
+        if computed is None:
+            return FinishedStep(result)
+        return LaunchedStep(result, computed, slices)
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.release:
@@ -134,7 +148,10 @@ class Runner:
 
     def _is_computable(self, piece: Slice) -> bool:
         """Whether the images under a slice have features. A slot that once lacked one stays idle until it is
-        released: the driver may have sent more of it before it learnt of the failure."""
+        released: the driver may have sent more of it before it learnt of the failure.
+
+        Ranks agree on failed images before this, so that they all leave out the same slices; a slot that failed on one
+        rank alone is computed on, since the others do not know yet."""
         sequence = self.slots.sequence(piece.slot)
         if not sequence.failed:
             end = piece.start + piece.count
@@ -145,27 +162,80 @@ class Runner:
             )
         return not sequence.failed
 
-    def _compute(self, slices: Sequence[Slice]) -> tuple[tuple[SampledTokens, ...], tuple[SlotFailure, ...]]:
-        """Samples where slices ask for it; a slot whose logits are not finite fails alone."""
-        batch = pack(slices, slots=self.slots, features=self.features.features, empty_features=self._no_features)
-        logits = self.language.forward(batch, self.kv_cache)
-        sampling = [piece for piece in slices if piece.sample]
-        if not sampling:
-            return (), ()
-        positions = [piece.start + piece.count for piece in sampling]
-        rows = [self.slots.sequence(piece.slot).sampling for piece in sampling]
-        tokens = sample_tokens(logits, rows, positions)
-        slot_ids = torch.tensor([piece.slot for piece in sampling], device=self.device)
-        self.slots.write_sampled(slot_ids, torch.tensor(positions, device=self.device), tokens)
-        finite = torch.isfinite(logits).all(dim=-1).tolist()
-        sampled, failures = [], []
-        for piece, token, is_finite in zip(sampling, tokens.tolist(), finite, strict=True):
-            if is_finite:
-                sampled.append(SampledTokens(piece.slot, (token,)))
-            else:
-                self.slots.sequence(piece.slot).failed = True
-                failures.append(SlotFailure(piece.slot, "the model's logits are not finite numbers"))
-        return tuple(sampled), tuple(failures)
+    def _compute(self, slices: Sequence[Slice]) -> Computed:
+        """Enqueues a step's forward and sampling. What goes wrong with one slot is told in its row of the status."""
+        packed = pack(slices, slots=self.slots, features=self.features.features, empty_features=self._no_features)
+        hidden = self.language.forward(packed.batch, self.kv_cache)
+        rows = [self._sample_row(piece) for piece in slices if piece.sample]
+        status = torch.zeros((len(slices), len(SLOT_FAILURES)))
+        status[[piece.slot in packed.unpackable for piece in slices], UNPACKABLE] = 1
+        tokens, logprobs = self._no_tokens, None
+        if rows:
+            logits = self.language.logits(hidden[: len(rows)])
+            tokens, unsampled = self._sample(logits, rows)
+            status[[piece.slot in unsampled for piece in slices], UNSAMPLED] = 1
+            self.slots.write_sampled([row.slot for row in rows], [row.position for row in rows], tokens)
+            logprobs = self._logprobs(logits, tokens, rows)
+        status = status.to(self.device, non_blocking=True)
+        if rows:
+            sampling = upload([index for index, piece in enumerate(slices) if piece.sample], torch.int64, self.device)
+            status[sampling, NOT_FINITE] = (~torch.isfinite(logits).all(dim=-1)).float()
+        status = self.comm.all_reduce(status)
+        prompt = self._prompt_logprobs(hidden[len(rows) :], packed.prompt_rows)
+        return Computed(tokens, status, logprobs, prompt).to_host()
+
+    def _sample_row(self, piece: Slice) -> SampleRow:
+        sequence = self.slots.sequence(piece.slot)
+        return SampleRow(sequence.sampling, piece.slot, piece.start + piece.count, sequence.num_prompt_tokens)
+
+    def _sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> tuple[torch.Tensor, set[int]]:
+        """Tokens int64 [R], and the slots of the rows that cannot be sampled; their tokens mean nothing."""
+        try:
+            return self._sample_rows(logits, rows), set()
+        except Exception:
+            _log.exception("a step could not be sampled; looking for the slot")
+        tokens, unsampled = torch.zeros(len(rows), dtype=torch.int64, device=self.device), set()
+        for index, row in enumerate(rows):
+            try:
+                tokens[index : index + 1] = self._sample_rows(logits[index : index + 1], [row])
+            except Exception:
+                _log.exception("slot %d cannot be sampled", row.slot)
+                unsampled.add(row.slot)
+        return tokens, unsampled
+
+    def _sample_rows(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+        return sample_tokens(logits, rows, token_ids=self.slots.token_ids, processors=self.processors)
+
+    def _logprobs(
+        self, logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence[SampleRow]
+    ) -> dict[int, PendingLogprobs]:
+        """Of the slots that asked for them."""
+        wanted = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
+        if not wanted:
+            return {}
+        index = upload(wanted, torch.int64, self.device)
+        return {
+            rows[i].slot: token_logprobs(
+                logits[index[j : j + 1]], tokens[index[j : j + 1]], [rows[i].sampling.logprobs or 0]
+            )
+            for j, i in enumerate(wanted)
+        }
+
+    def _prompt_logprobs(
+        self, hidden: torch.Tensor, prompt_rows: Sequence[PromptRows]
+    ) -> list[tuple[PromptRows, list[PendingLogprobs]]]:
+        """In parts of as many rows as a step samples at most, which is what memory is set aside for."""
+        found, first = [], 0
+        for rows in prompt_rows:
+            tokens = self.slots.token_ids[rows.slot, rows.start : rows.start + rows.count]
+            parts = []
+            for low in range(0, rows.count, self.config.max_num_seqs):
+                high = min(low + self.config.max_num_seqs, rows.count)
+                logits = self.language.logits(hidden[first + low : first + high])
+                parts.append(token_logprobs(logits, tokens[low:high], [rows.num_top] * (high - low)))
+            found.append((rows, parts))
+            first += rows.count
+        return found
 
 
 def _num_parameters(module: torch.nn.Module) -> int:

@@ -21,7 +21,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An encoded `StepResult`, or in its place what went wrong: see `RankError`."""
+    """Encoded `FinishedSteps`, or in their place what went wrong: see `RankError`."""
 
     result: bytes
     stage: str = ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from dist_vlm.kernels.upload import upload
 from dist_vlm.workers.plan import ImageSpan, NewSequence, SamplingRow, Slice
 
 
@@ -14,7 +16,7 @@ from dist_vlm.workers.plan import ImageSpan, NewSequence, SamplingRow, Slice
 class Sequence:
     """The part of `NewSequence` that stays on the host.
 
-    failed: an image it needed could not be encoded, or its logits were not finite; nothing more of it is computed.
+    failed: an image it needed could not be encoded; nothing more of it is computed.
     """
 
     num_prompt_tokens: int
@@ -68,7 +70,10 @@ class SlotTable:
         if end * self.block_size < piece.start + piece.count:
             raise RuntimeError(f"slot {piece.slot}: {end} blocks do not cover {piece.start + piece.count} positions")
 
-    def write_sampled(self, slots: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Writes each slot's sampled token at its position. A token past the longest sequence has no place."""
-        fits = positions < self.token_ids.shape[1]
-        self.token_ids[slots[fits], positions[fits]] = tokens[fits]
+    def write_sampled(self, slots: Seq[int], positions: Seq[int], tokens: torch.Tensor) -> None:
+        """Writes each slot's sampled token, int64 [R], at its position. One past the longest sequence has no place."""
+        fits = [index for index, position in enumerate(positions) if position < self.token_ids.shape[1]]
+        if len(fits) < len(slots):
+            tokens = tokens[upload(fits, torch.int64, tokens.device)]
+        where = upload([(slots[i], positions[i]) for i in fits], torch.int64, tokens.device).view(-1, 2)
+        self.token_ids.index_put_((where[:, 0], where[:, 1]), tokens)

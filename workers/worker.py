@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from dist_vlm.version import __version__
 from dist_vlm.workers import wire
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.failure import RankError, describe
+from dist_vlm.workers.pending import FinishedSteps, PendingStep
 from dist_vlm.workers.plan import StepPlan
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Worker:
         self._store: Any = None
         self._runner: Any = None
         self._gpu = 0
+        self._pending: deque[PendingStep] = deque()
         self._last_step = -1
 
     @property
@@ -117,22 +120,41 @@ class Worker:
     def stage(self, key: str, kind: str, array: np.ndarray) -> None:
         """Takes an image. `array` may be read-only memory shared with other ranks."""
         with self._stage_named("stage"):
-            self._enter_thread()
+            self._enter_thread(computes=False)
             self._runner.stage(key, kind, array)
 
     def unstage(self, key: str) -> None:
         with self._stage_named("unstage"):
-            self._enter_thread()
+            self._enter_thread(computes=False)
             self._runner.unstage(key)
 
+    def set_processors(self, name: str, processors: Sequence[Callable[..., Any]] | None) -> None:
+        """Registers logits processors under the name by which sequences ask for them; None forgets it.
+
+        They are functions of this process, so only a rank in the driver's own process can be given any.
+        """
+        with self._stage_named("set_processors"):
+            if processors is None:
+                self._runner.processors.pop(name, None)
+            else:
+                self._runner.processors[name] = tuple(processors)
+
     def step(self, plan: bytes) -> bytes:
-        """Runs an encoded `StepPlan`, returns an encoded `StepResult`."""
+        """Launches an encoded `StepPlan`, returns encoded `FinishedSteps`.
+
+        The answer has the results of the steps that have ended, and in any case of all but the newest: it waits for
+        the one before the newest. An empty message launches nothing and waits for all.
+        """
         with self._stage_named("step"):
             self._enter_thread()
-            decoded = wire.decode(StepPlan, plan)
-            result = self._runner.step(decoded)
-            self._last_step = decoded.step_id
-            return wire.encode(result)
+            if plan:
+                self._pending.append(self._runner.launch(wire.decode(StepPlan, plan)))
+            num_left = 1 if plan else 0
+            results = []
+            while self._pending and (len(self._pending) > num_left or self._pending[0].ready()):
+                results.append(self._pending.popleft().result())
+                self._last_step = results[-1].step_id
+            return wire.encode(FinishedSteps(tuple(results)))
 
     def serve(self, path: str, token: str) -> None:
         """Runs the plans that come through the driver's socket at `path`, until the driver closes it."""
@@ -141,7 +163,7 @@ class Worker:
         serve(self.step, rank=self.rank, path=path, token=token)
 
     def progress(self) -> int:
-        """The last step this rank finished, -1 before the first."""
+        """The last step whose result this rank has read from its device, -1 before the first."""
         return self._last_step
 
     def ping(self) -> int:
@@ -156,15 +178,20 @@ class Worker:
         """Leaves the group. Only a rank in the driver's own process needs it; others just end."""
         if self._comm is not None:
             self._comm.close()
+        self._pending.clear()
         self._runner = self._comm = self._store = None
 
-    def _enter_thread(self) -> None:
-        """Gives the calling thread this rank's GPU or number of threads: both are a thread's own setting."""
-        if getattr(self._thread, "ready", False):
+    def _enter_thread(self, *, computes: bool = True) -> None:
+        """Gives the calling thread this rank's GPU or number of threads: both are a thread's own setting.
+
+        A CPU thread that only takes images may be the driver's own, and keeps its number.
+        """
+        on_gpu = self._config.device == "cuda"
+        if getattr(self._thread, "ready", False) or not (computes or on_gpu):
             return
         import torch
 
-        if self._config.device == "cuda":
+        if on_gpu:
             if not torch.cuda.is_available():
                 raise RuntimeError("torch sees no GPU on this machine")
             torch.cuda.set_device(self._gpu)

@@ -16,7 +16,7 @@ def filled():
 def packed(slots, slices, features):
     for piece in slices:
         slots.append_blocks(piece)
-    return pack(slices, slots=slots, features=features, empty_features=torch.empty(0, 3))
+    return pack(slices, slots=slots, features=features, empty_features=torch.empty(0, 3)).batch
 
 
 def test_a_mixed_batch_by_hand():
@@ -53,7 +53,7 @@ def test_the_rest_of_an_image_comes_with_the_next_chunk():
 def test_a_decode_step_reads_the_token_the_rank_sampled():
     slots = filled()
     packed(slots, [Slice(2, 0, 4, (1,), True)], {})
-    slots.write_sampled(torch.tensor([2]), torch.tensor([4]), torch.tensor([55]))
+    slots.write_sampled([2], [4], torch.tensor([55]))
     batch = packed(slots, [Slice(2, 4, 1, (2,), True)], {})
     assert batch.token_ids.tolist() == [55]
     assert batch.context_lens.tolist() == [5]

@@ -42,5 +42,5 @@ def test_blocks_are_appended_and_must_cover_the_slice():
 
 def test_sampled_tokens_land_at_their_positions_and_past_the_end_nowhere():
     slots = table(max_model_len=4)
-    slots.write_sampled(torch.tensor([0, 2]), torch.tensor([3, 4]), torch.tensor([8, 9]))
+    slots.write_sampled([0, 2], [3, 4], torch.tensor([8, 9]))
     assert slots.token_ids.tolist() == [[0, 0, 0, 8], [0, 0, 0, 0], [0, 0, 0, 0]]

@@ -28,6 +28,8 @@ CONFIG = RankConfig(
     kernels="torch",
     share_gpu=False,
     seed=3,
+    feature_cache_tokens=256,
+    vision_data_parallel=True,
 )
 
 

@@ -15,19 +15,40 @@ from dist_vlm.workers import wire
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.config import LoadReport, RankConfig
 from dist_vlm.workers.failure import RankError
+from dist_vlm.workers.pending import FinishedStep, FinishedSteps, PendingStep
 from dist_vlm.workers.plan import StepPlan, StepResult
 from dist_vlm.workers.wire import WireError
 from dist_vlm.workers.worker import Worker, _gpu_ordinal
 
-CONFIG = RankConfig("model", "float32", "cpu", "dummy", 0, 1, 16, 64, 4, 32, 0.9, None, 1, "reference", False, 0)
+CONFIG = RankConfig(
+    "model", "float32", "cpu", "dummy", 0, 1, 16, 64, 4, 32, 0.9, None, 1, "reference", False, 0, 256, True
+)
+
+
+class OnDevice:
+    """A step of a GPU: ready when the test says so, and ended by whoever waits for it."""
+
+    def __init__(self, step_id: int) -> None:
+        self.step_id, self.ended, self.broken = step_id, False, False
+
+    def ready(self) -> bool:
+        return self.ended
+
+    def result(self) -> StepResult:
+        if self.broken:
+            raise RuntimeError("an illegal memory access")
+        self.ended = True
+        return StepResult(self.step_id, 0)
 
 
 class Recorder:
-    """Writes down its calls; `model` names the one that fails."""
+    """Writes down its calls; `model` names the one that fails, or "device" for steps that end later."""
 
     def __init__(self, config: RankConfig, comm: Communicator) -> None:
         self.config, self.comm = config, comm
         self.calls: list[object] = []
+        self.launched: list[OnDevice] = []
+        self.processors: dict[str, tuple[object, ...]] = {}
 
     def _call(self, *call: object) -> None:
         if self.config.model == call[0]:
@@ -47,9 +68,12 @@ class Recorder:
     def unstage(self, key: str) -> None:
         self._call("unstage", key)
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> PendingStep:
         self._call("step", plan)
-        return StepResult(plan.step_id, 0)
+        if self.config.model == "device":
+            self.launched.append(OnDevice(plan.step_id))
+            return self.launched[-1]
+        return FinishedStep(StepResult(plan.step_id, 0))
 
 
 def worker(**changes: object) -> Worker:
@@ -63,7 +87,7 @@ def test_the_stages_in_order() -> None:
     rank.allocate(7)
     assert rank.progress() == -1
     plan = StepPlan(4)
-    assert wire.decode(StepResult, rank.step(wire.encode(plan))) == StepResult(4, 0)
+    assert wire.decode(FinishedSteps, rank.step(wire.encode(plan))) == FinishedSteps((StepResult(4, 0),))
     assert rank.progress() == 4
     thread = threading.Thread(target=rank.stage, args=("cat", "pixel_values", np.zeros(1)), name="other")
     thread.start()
@@ -99,6 +123,88 @@ def test_a_failure_names_rank_stage_and_cause_in_one_line(stage: str) -> None:
     assert (caught.value.rank, caught.value.stage) == (0, stage)
     assert caught.value.cause == "OSError: broken in two lines"
     assert rank.progress() == -1
+
+
+def on_device() -> tuple[Worker, list[OnDevice]]:
+    rank = worker(model="device")
+    rank.prepare("127.0.0.1", 5.0)
+    rank.load()
+    return rank, rank._runner.launched
+
+
+def finished(answer: bytes) -> list[int]:
+    return [result.step_id for result in wire.decode(FinishedSteps, answer).results]
+
+
+def step(rank: Worker, step_id: int) -> list[int]:
+    return finished(rank.step(wire.encode(StepPlan(step_id))))
+
+
+def test_an_answer_waits_for_all_but_the_newest_step_and_a_flush_for_all() -> None:
+    rank, launched = on_device()
+    assert step(rank, 0) == []
+    assert (launched[0].ended, rank.progress()) == (False, -1)
+    assert step(rank, 1) == [0]
+    assert (launched[1].ended, rank.progress()) == (False, 0)
+    assert finished(rank.step(b"")) == [1]
+    assert finished(rank.step(b"")) == []
+    assert rank.progress() == 1
+
+
+def test_an_answer_brings_what_has_ended_by_itself() -> None:
+    rank, launched = on_device()
+    launch = rank._runner.launch
+
+    def at_once(plan: StepPlan) -> PendingStep:
+        pending = launch(plan)
+        launched[-1].ended = True
+        return pending
+
+    rank._runner.launch = at_once
+    assert step(rank, 0) == [0]
+    rank._runner.launch = launch
+    assert step(rank, 1) == []
+    launched[1].ended = True
+    rank._runner.launch = at_once
+    assert step(rank, 2) == [1, 2]
+    assert finished(rank.step(b"")) == []
+
+
+def test_a_step_that_fails_on_the_device_fails_the_message_that_waits_for_it() -> None:
+    rank, launched = on_device()
+    assert step(rank, 0) == []
+    launched[0].broken = True
+    with pytest.raises(RankError, match="rank 0, step: RuntimeError: an illegal memory access"):
+        step(rank, 1)
+    assert rank.progress() == -1
+
+
+def test_processors_are_registered_by_name_and_forgotten() -> None:
+    rank, _ = on_device()
+    rank.set_processors("7", [max, min])
+    rank.set_processors("8", (abs,))
+    assert rank._runner.processors == {"7": (max, min), "8": (abs,)}
+    rank.set_processors("7", None)
+    rank.set_processors("7", None)
+    assert rank._runner.processors == {"8": (abs,)}
+
+
+def test_only_a_thread_that_computes_takes_the_ranks_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    taken: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda number: taken.append((threading.current_thread().name, number))
+    )
+    rank = worker(num_threads=3)
+    start = threading.Thread(target=lambda: (rank.prepare("127.0.0.1", 5.0), rank.load()), name="computing")
+    start.start()
+    start.join()
+    rank.stage("cat", "pixel_values", np.zeros(1))
+    rank.unstage("cat")
+    assert taken == [("computing", 3)]
+    rank.step(wire.encode(StepPlan(0)))
+    assert taken == [("computing", 3), (threading.current_thread().name, 3)]
 
 
 def test_a_runner_that_is_not_there_fails_at_import() -> None:

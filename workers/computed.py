@@ -1,0 +1,105 @@
+"""What a launched step computes, from the device's tensors to its result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_vlm.workers.pack import PromptRows
+from dist_vlm.workers.plan import (
+    PromptLogprobs,
+    SampledTokens,
+    Slice,
+    SlotFailure,
+    StepResult,
+    TokenLogprobs,
+)
+from dist_vlm.workers.sampler import PendingLogprobs
+
+# Why a slot may fail, by the columns of a step's status.
+SLOT_FAILURES = (
+    "the request could not be made part of a batch",
+    "its next token could not be sampled",
+    "the model's logits are not finite numbers",
+)
+UNPACKABLE, UNSAMPLED, NOT_FINITE = range(len(SLOT_FAILURES))
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """The tensors of a step, enqueued.
+
+    tokens: int64 [R], one for each slice that samples.
+    status: float32 [slices, failures], above zero where a slice failed for that reason on any rank.
+    logprobs: by slot, of the sampled tokens. prompt_logprobs: of prompt tokens, in parts.
+    """
+
+    tokens: Tensor
+    status: Tensor
+    logprobs: Mapping[int, PendingLogprobs] | None
+    prompt_logprobs: Sequence[tuple[PromptRows, Sequence[PendingLogprobs]]]
+
+    def to_host(self) -> Computed:
+        """Enqueues the copy of everything to the host."""
+        return Computed(
+            self.tokens.to("cpu", non_blocking=True),
+            self.status.to("cpu", non_blocking=True),
+            {slot: pending.to_host() for slot, pending in (self.logprobs or {}).items()},
+            [(rows, [part.to_host() for part in parts]) for rows, parts in self.prompt_logprobs],
+        )
+
+
+class LaunchedStep:
+    """A step whose tensors are on their way to the host. See `PendingStep`.
+
+    result: the step's result as far as it was known at the launch.
+    """
+
+    def __init__(self, result: StepResult, computed: Computed, slices: Sequence[Slice]) -> None:
+        self._result = result
+        self._computed = computed
+        self._slices = slices
+        self._arrived: torch.cuda.Event | None = None
+        if torch.cuda.is_available():
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def ready(self) -> bool:
+        return self._arrived is None or self._arrived.query()
+
+    def result(self) -> StepResult:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        failures: dict[int, str] = {}
+        for piece, status in zip(self._slices, self._computed.status.tolist(), strict=True):
+            for reason, votes in zip(SLOT_FAILURES, status, strict=True):
+                if votes > 0:
+                    failures.setdefault(piece.slot, reason)
+        return dataclasses.replace(
+            self._result,
+            sampled=self._sampled(failures),
+            prompt_logprobs=self._prompt_logprobs(failures),
+            slot_failures=tuple(SlotFailure(slot, reason) for slot, reason in failures.items()),
+        )
+
+    def _sampled(self, failures: Mapping[int, str]) -> tuple[SampledTokens, ...]:
+        sampled = []
+        slots = [piece.slot for piece in self._slices if piece.sample]
+        for slot, token in zip(slots, self._computed.tokens.tolist(), strict=True):
+            if slot in failures:
+                continue
+            pending = (self._computed.logprobs or {}).get(slot)
+            sampled.append(SampledTokens(slot, (token,), tuple(pending.read()) if pending is not None else ()))
+        return tuple(sampled)
+
+    def _prompt_logprobs(self, failures: Mapping[int, str]) -> tuple[PromptLogprobs, ...]:
+        told = []
+        for rows, parts in self._computed.prompt_logprobs:
+            if rows.slot not in failures:
+                entries: list[TokenLogprobs] = [entry for part in parts for entry in part.read()]
+                told.append(PromptLogprobs(rows.slot, rows.start, tuple(entries)))
+        return tuple(told)
