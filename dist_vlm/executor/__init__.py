@@ -20,12 +20,14 @@ def make_executor(
     start_timeout_s: float = 300.0,
     step_timeout_s: float = 60.0,
     transport: str = "ray",
+    max_steps_in_flight: int = 2,
 ) -> Executor:
     """Builds an executor; nothing starts before its `start`.
 
     name: "ray", "inline" (one rank in this process) or "fake" (no rank: scripted answers).
     num_blocks: KV blocks a rank allocates; None takes what fits (the fake: its own default).
     ray_address, start_timeout_s, step_timeout_s, transport: for "ray" only.
+    max_steps_in_flight: plans that may be submitted and not collected; the fake sets no limit.
     """
     if name == "ray":
         from dist_vlm.executor.ray import RayExecutor
@@ -37,11 +39,12 @@ def make_executor(
             start_timeout_s=start_timeout_s,
             step_timeout_s=step_timeout_s,
             transport=transport,
+            max_steps_in_flight=max_steps_in_flight,
         )
     if name == "inline":
         from dist_vlm.executor.inline import InlineExecutor
 
-        return InlineExecutor(config, num_blocks=num_blocks)
+        return InlineExecutor(config, num_blocks=num_blocks, max_steps_in_flight=max_steps_in_flight)
     if name == "fake":
         from dist_vlm.executor.fake import FakeExecutor
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dist_vlm.workers.config import LoadReport
 from dist_vlm.workers.plan import StepPlan, StepResult
@@ -55,7 +55,14 @@ class ExecutorInfo:
 
 
 class Executor(ABC):
-    """Owns the ranks. Not safe for use from several threads."""
+    """Owns the ranks. Not safe for use from several threads.
+
+    serves_logits_processors: whether a rank can call functions of the driver's process.
+    last_results: every rank's result of the plan collected last, in rank order.
+    """
+
+    serves_logits_processors: ClassVar[bool] = False
+    last_results: tuple[StepResult, ...] = ()
 
     @abstractmethod
     def start(self) -> ExecutorInfo:
@@ -80,7 +87,10 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, plan: StepPlan) -> None:
-        """Sends a plan to every rank. Plans run in the order of their submission."""
+        """Sends a plan to every rank and does not wait for it. Plans run in the order of their submission.
+
+        Another may follow before its result is collected: as many as the executor was built for.
+        """
 
     @abstractmethod
     def collect(self) -> StepResult:
@@ -88,6 +98,14 @@ class Executor(ABC):
 
         Raises `ExecutorError` if a rank died, took too long, or answered differently.
         """
+
+    def set_processors(self, name: str, processors: Sequence[Callable[..., Any]] | None) -> None:
+        """Registers the functions that `SamplingRow.processors` names, for plans submitted from now on; None forgets.
+
+        Raises `ExecutorError` where `serves_logits_processors` is False.
+        """
+        cause = "logits processors are functions of this process: only the executor 'inline' has its rank here"
+        raise ExecutorError("set_processors", cause)
 
     @abstractmethod
     def shutdown(self) -> None:

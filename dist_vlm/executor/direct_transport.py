@@ -22,21 +22,28 @@ from typing import Any
 from dist_vlm.executor.transport import Transport, TransportClosedError, TransportTimeoutError
 from dist_vlm.workers import wire
 from dist_vlm.workers.failure import RankError
-from dist_vlm.workers.frames import Disconnected, receive_frame, send_frame
+from dist_vlm.workers.frames import Disconnected, FrameBuffer, frame, receive_frame
 from dist_vlm.workers.serve import Answer, Hello
 
 # How often an accept looks whether a rank's call has already failed.
 _ACCEPT_POLL_S = 0.2
+_READ_BYTES = 1 << 18
 
 
 class DirectTransport(Transport):
-    """One stream socket a rank. The socket's directory is this user's alone, and a rank shows a random token."""
+    """One stream socket a rank. The socket's directory is this user's alone, and a rank shows a random token.
+
+    A rank reads its next plan when it has written its answer, and a socket holds some 200 KB: so answers are read
+    while a long plan is being written, or both ends would wait for each other.
+    """
 
     def __init__(self, actors: Sequence[Any], *, depth: int, send_timeout_s: float) -> None:
         self._depth = depth
         self._send_timeout_s = send_timeout_s
         self._num_unanswered = 0
-        self._early: list[deque[bytes]] = [deque() for _ in actors]
+        self._parts = [FrameBuffer() for _ in actors]
+        self._answers: list[deque[Answer]] = [deque() for _ in actors]
+        self._unsent = [memoryview(b"") for _ in actors]
         self._connections: list[socket.socket] = []
         self._closing = threading.Lock()
         self._closed = False
@@ -49,17 +56,22 @@ class DirectTransport(Transport):
                 self._connections = _accept_all(listener, serving, token)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        for connection in self._connections:
+            connection.setblocking(False)
 
     def send(self, message: bytes) -> None:
         if self._num_unanswered >= self._depth:
             raise RuntimeError(f"{self._depth} messages are unanswered already")
+        end = time.monotonic() + self._send_timeout_s
+        self._unsent = [memoryview(frame(message))] * len(self._connections)
         try:
-            for connection in self._connections:
-                connection.settimeout(self._send_timeout_s)
-                send_frame(connection, message)
+            for rank in range(len(self._connections)):
+                self._write(rank)
+            while any(map(len, self._unsent)):
+                self._exchange(end)
         except TimeoutError:
             raise TransportTimeoutError("the ranks did not take a plan in time") from None
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise TransportClosedError(type(error).__name__) from None
         self._num_unanswered += 1
 
@@ -67,31 +79,51 @@ class DirectTransport(Transport):
         if self._num_unanswered == 0:
             raise RuntimeError("receive() with no message unanswered")
         end = time.monotonic() + timeout_s
-        while not all(self._early):
-            self._read_some(end, timeout_s)
-        self._num_unanswered -= 1
-        return [answers.popleft() for answers in self._early]
-
-    def _read_some(self, end: float, timeout_s: float) -> None:
-        """Takes a message from each rank that has one; a rank ahead of the others may have answered twice."""
-        poll, rank_of = select.poll(), {}
         try:
-            for rank, connection in enumerate(self._connections):
-                if not self._early[rank]:
-                    poll.register(connection, select.POLLIN)
-                    rank_of[connection.fileno()] = rank
-            ready = poll.poll(max(0.0, end - time.monotonic()) * 1000)
-            if not ready:
-                raise TransportTimeoutError(f"no answer in {timeout_s:g} s")
-            for descriptor, _ in ready:
-                rank = rank_of[descriptor]
-                self._connections[rank].settimeout(max(0.001, end - time.monotonic()))
-                self._early[rank].append(_result(rank, receive_frame(self._connections[rank])))
+            while not self._have_answers():
+                self._exchange(end)
         except TimeoutError:
             raise TransportTimeoutError(f"no answer in {timeout_s:g} s") from None
         except (OSError, ValueError) as error:
             # A socket closed by another thread has the descriptor -1, which poll refuses as a value.
             raise TransportClosedError(type(error).__name__) from None
+        self._num_unanswered -= 1
+        return [answers.popleft().result for answers in self._answers]
+
+    def _have_answers(self) -> bool:
+        """Whether every rank has answered the oldest message. Raises `RankError` if one failed, whoever is missing."""
+        for rank, answers in enumerate(self._answers):
+            if answers and answers[0].stage:
+                raise RankError(rank, answers[0].stage, answers[0].cause)
+        return all(self._answers)
+
+    def _exchange(self, end: float) -> None:
+        """Waits until a rank can be read from or written to, and does so. Raises `TimeoutError` after `end`."""
+        poll, rank_of = select.poll(), {}
+        for rank, connection in enumerate(self._connections):
+            poll.register(connection, select.POLLIN | (select.POLLOUT if self._unsent[rank] else 0))
+            rank_of[connection.fileno()] = rank
+        ready = poll.poll(max(0.0, end - time.monotonic()) * 1000)
+        if not ready:
+            raise TimeoutError
+        for descriptor, events in ready:
+            # An error or a hangup is left to the read, which tells of it.
+            if events & ~select.POLLOUT:
+                self._read(rank_of[descriptor])
+            if events & select.POLLOUT:
+                self._write(rank_of[descriptor])
+
+    def _read(self, rank: int) -> None:
+        with suppress(BlockingIOError):
+            part = self._connections[rank].recv(_READ_BYTES)
+            if not part:
+                raise Disconnected("a rank closed its connection")
+            self._answers[rank].extend(wire.decode(Answer, message) for message in self._parts[rank].feed(part))
+
+    def _write(self, rank: int) -> None:
+        with suppress(BlockingIOError):
+            num_sent = self._connections[rank].send(self._unsent[rank])
+            self._unsent[rank] = self._unsent[rank][num_sent:]
 
     def close(self) -> None:
         with self._closing:
@@ -100,15 +132,8 @@ class DirectTransport(Transport):
             self._closed = True
         for connection in self._connections:
             with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # wakes a receive under way, in whichever thread
+                connection.shutdown(socket.SHUT_RDWR)  # wakes a call under way, in whichever thread
             connection.close()
-
-
-def _result(rank: int, frame: bytes) -> bytes:
-    answer = wire.decode(Answer, frame)
-    if answer.stage:
-        raise RankError(rank, answer.stage, answer.cause)
-    return answer.result
 
 
 def _accept_all(listener: socket.socket, serving: Sequence[Any], token: str) -> list[socket.socket]:

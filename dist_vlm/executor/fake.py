@@ -33,7 +33,7 @@ class FakeExecutor(Executor):
     fail_slots: (step id, slot) -> reason: that slice fails.
     fail_steps: step id -> the error that `collect` raises in place of the step's result, and ever after.
     staging_polls: calls of `poll_staged` that find nothing before an image arrives.
-    step_delay_s: how long `collect` waits.
+    step_delay_s: how long a step takes. It begins when its plan is submitted, or when the step before it ends.
 
     plans: every plan submitted, in order.
     """
@@ -64,11 +64,11 @@ class FakeExecutor(Executor):
         self._step_delay_s = step_delay_s
         self._arriving: dict[str, tuple[int, int | None]] = {}
         self._known: set[str] = set()
-        self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+        self._in_flight: deque[tuple[StepPlan, StepResult, float]] = deque()
+        self._last_end = 0.0
         self._state = "new"
         self._dead: ExecutorError | None = None
         self.plans: list[StepPlan] = []
-        self.last_results: tuple[StepResult, ...] = ()
 
     @property
     def live_slots(self) -> tuple[int, ...]:
@@ -134,7 +134,7 @@ class FakeExecutor(Executor):
         self._require_started()
         if key not in self._known:
             raise ContractError(f"image {key!r} is unstaged and was not staged")
-        if any(key in plan.encode for plan, _ in self._in_flight):
+        if any(key in plan.encode for plan, _, _ in self._in_flight):
             raise ContractError(f"image {key!r} is unstaged and an uncollected plan encodes it")
         self._known.discard(key)
         self._arriving.pop(key, None)
@@ -144,15 +144,17 @@ class FakeExecutor(Executor):
         self._require_started()
         result = self._ledger.apply(plan)
         self.plans.append(plan)
-        self._in_flight.append((plan, result))
+        self._last_end = max(time.monotonic(), self._last_end) + self._step_delay_s
+        self._in_flight.append((plan, result, self._last_end))
 
     def collect(self) -> StepResult:
         self._require_started()
         if not self._in_flight:
             raise ContractError("collect() with no plan submitted")
+        plan, result, end = self._in_flight[0]
         if self._step_delay_s > 0:
-            time.sleep(self._step_delay_s)
-        plan, result = self._in_flight.popleft()
+            time.sleep(max(0.0, end - time.monotonic()))
+        self._in_flight.popleft()
         self._dead = self._fail_steps.get(plan.step_id)
         if self._dead is not None:
             raise self._dead

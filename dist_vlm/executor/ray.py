@@ -6,15 +6,14 @@ import atexit
 import dataclasses
 import logging
 import threading
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.executor import placement
-from dist_vlm.executor.agreement import agreed
 from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo, StagedImage, StageKind, StartError
 from dist_vlm.executor.deadline import Deadline
+from dist_vlm.executor.in_flight import PlansInFlight
 from dist_vlm.executor.ray_cluster import RayCluster
 from dist_vlm.executor.ray_start import create_actors, start_ranks
 from dist_vlm.executor.staging import ImageStaging
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 _DEATH_WAIT_S = 1.0
 # What a rank that is alive takes to say how far it is.
 _STATUS_WAIT_S = 0.5
+# What ends the ranks when it happens to a plan on its way or to an answer.
+_FAILURES = (RankError, TransportClosedError, TransportTimeoutError, wire.WireError, ExecutorError)
 
 _log = logging.getLogger(__name__)
 
@@ -45,11 +46,8 @@ class RayExecutor(Executor):
     start_timeout_s: for the whole start, from connecting to Ray to the first plan.
     step_timeout_s: how long `collect` waits for one plan.
     num_blocks: KV blocks to allocate; None takes what fits the tightest rank.
-    max_in_flight: plans that may be submitted and not collected.
-
+    max_steps_in_flight: plans that may be submitted and not collected.
     transport: "ray" (a compiled graph) or "direct" (unix sockets; the ranks must be on the driver's machine).
-
-    last_results: every rank's answer to the plan collected last, in rank order.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class RayExecutor(Executor):
         start_timeout_s: float = 300.0,
         step_timeout_s: float = 60.0,
         num_blocks: int | None = None,
-        max_in_flight: int = 4,
+        max_steps_in_flight: int = 4,
         runner: str = RUNNER,
         transport: str = "ray",
     ) -> None:
@@ -69,18 +67,17 @@ class RayExecutor(Executor):
         self._start_timeout_s = start_timeout_s
         self._step_timeout_s = step_timeout_s
         self._num_blocks = num_blocks
-        self._max_in_flight = max_in_flight
+        self._max_steps_in_flight = max_steps_in_flight
         self._runner = runner
         self._transport_class = TRANSPORTS[transport]
         self._cluster = RayCluster()
         self._group: Any = None
         self._actors: list[Any] = []
         self._transport: Transport | None = None
+        self._plans: PlansInFlight | None = None
         self._watch: DeathWatch | None = None
         self._images = ImageStaging(self._actors)
-        self._in_flight: deque[int] = deque()
         self._dead: ExecutorError | None = None
-        self.last_results: tuple[StepResult, ...] = ()
 
     def start(self) -> ExecutorInfo:
         if self._actors or self._dead is not None:
@@ -135,8 +132,9 @@ class RayExecutor(Executor):
         alarm.start()
         try:
             self._transport = self._transport_class(
-                self._actors, depth=self._max_in_flight, send_timeout_s=self._step_timeout_s
+                self._actors, depth=self._max_steps_in_flight + 1, send_timeout_s=self._step_timeout_s
             )
+            self._plans = PlansInFlight(self._transport, num_ranks=len(self._actors), limit=self._max_steps_in_flight)
         except Exception as error:
             if deadline.over:
                 raise StartError("transport", f"not done within start_timeout_s = {deadline.seconds:g}") from None
@@ -159,25 +157,21 @@ class RayExecutor(Executor):
         self._images.unstage(key)
 
     def submit(self, plan: StepPlan) -> None:
-        transport = self._alive()
+        plans = self._alive()
         try:
-            transport.send(wire.encode(plan))
-        except (TransportClosedError, TransportTimeoutError) as error:
+            plans.submit(plan)
+        except _FAILURES as error:
             raise self._fail(error) from None
-        self._in_flight.append(plan.step_id)
 
     def collect(self) -> StepResult:
-        transport = self._alive()
-        if not self._in_flight:
+        plans = self._alive()
+        if plans.oldest is None:
             raise ExecutorError("step", "collect() with no plan submitted")
-        step_id = self._in_flight[0]
         try:
-            answers = transport.receive(self._step_timeout_s)
-            self._in_flight.popleft()
-            self.last_results = tuple(wire.decode(StepResult, answer) for answer in answers)
-            return agreed(self.last_results, step_id)
-        except (RankError, TransportClosedError, TransportTimeoutError, wire.WireError, ExecutorError) as error:
+            self.last_results = plans.collect(self._step_timeout_s)
+        except _FAILURES as error:
             raise self._fail(error) from None
+        return self.last_results[0]
 
     def shutdown(self) -> None:
         atexit.unregister(self.shutdown)
@@ -192,7 +186,7 @@ class RayExecutor(Executor):
             self._watch = None
         if self._transport is not None:
             self._transport.close()
-            self._transport = None
+            self._transport = self._plans = None
         self._actors.clear()
         if self._group is not None:
             _remove(self._group)
@@ -200,14 +194,14 @@ class RayExecutor(Executor):
         self._images = ImageStaging(self._actors)
         self._cluster.close()
 
-    def _alive(self) -> Transport:
+    def _alive(self) -> PlansInFlight:
         if self._dead is not None:
             raise self._dead
         if self._watch is not None and self._watch.first is not None:
             raise self._fail(TransportClosedError("a rank died"))
-        if self._transport is None:
+        if self._plans is None:
             raise ExecutorError("step", "the executor is not started")
-        return self._transport
+        return self._plans
 
     def _fail(self, error: Exception) -> ExecutorError:
         """Names who is to blame for a failed step, and ends every rank: they no longer hold the same state."""
@@ -235,7 +229,8 @@ class RayExecutor(Executor):
     def _explain_timeout(self) -> ExecutorError:
         import ray
 
-        step_id = self._in_flight[0] if self._in_flight else -1
+        oldest = self._plans.oldest if self._plans is not None else None
+        step_id = -1 if oldest is None else oldest
         refs = [actor.progress.options(concurrency_group="status").remote() for actor in self._actors]
         ended, _ = ray.wait(refs, num_returns=len(refs), timeout=_STATUS_WAIT_S)
         behind = [rank for rank, ref in enumerate(refs) if ref not in ended or _finished_before(ref, step_id)] or list(

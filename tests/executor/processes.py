@@ -1,9 +1,10 @@
-"""What /proc tells of processes and of the sockets they listen on."""
+"""What /proc tells of processes, of the sockets they listen on and of the memory they share."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 _LISTEN = "0A"
@@ -61,3 +62,27 @@ def _socket_inodes(pid: int) -> list[str]:
     except OSError:
         pass
     return inodes
+
+
+def shared_memory_of(pids: Iterable[int]) -> set[str]:
+    """Names in /dev/shm that any of `pids` has mapped or open."""
+    names: set[str] = set()
+    for pid in pids:
+        targets = []
+        try:
+            targets += [line.split(maxsplit=5)[5] for line in _maps(pid) if "/dev/shm/" in line]
+            targets += [os.readlink(f"/proc/{pid}/fd/{descriptor}") for descriptor in os.listdir(f"/proc/{pid}/fd")]
+        except OSError:
+            pass
+        names |= {target.removeprefix("/dev/shm/") for target in targets if target.startswith("/dev/shm/")}
+    return {name for name in names if not name.endswith(" (deleted)")}
+
+
+def orphaned_shared_memory() -> set[str]:
+    """Names in /dev/shm that no process has mapped or open."""
+    there = set(os.listdir("/dev/shm"))
+    return there - shared_memory_of(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+
+
+def _maps(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/maps").read_text().splitlines()

@@ -3,7 +3,10 @@
 {"fault": {"rank": 1, "at": "load" | "allocate" | "construct" | "stage" | <step id>, "do": what}}
 
 with `do` one of "raise" (FileNotFoundError), "exit", "hang" (asleep), "differ" (a step answers otherwise), or
-"slow" (a step sleeps 0.3 s). {"collective": true} makes each step sum the ranks over the group.
+"slow" (a step sleeps 0.3 s). {"late": true} in a step's fault: while its result is waited for, not at its launch.
+{"collective": true} makes each step sum the ranks over the group. {"work_s": 0.005}: each step sleeps so long.
+{"deferred": [0, 1]}: the ranks whose steps run beside the launches, one after the other, as on a GPU, and are never
+ready before their result is asked for. {"answer_tokens": 1000}: each step answers with so many tokens more.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.workers.config import LoadReport, RankConfig
+from dist_vlm.workers.pending import FinishedStep, PendingStep
 from dist_vlm.workers.plan import SampledTokens, StepCounters, StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -42,8 +47,24 @@ def rank_config(world_size: int = 1, model: dict[str, Any] | None = None, **chan
         "kernels": "reference",
         "share_gpu": False,
         "seed": 0,
+        "feature_cache_tokens": 256,
+        "vision_data_parallel": True,
     }
     return RankConfig(**(values | changes))
+
+
+class DeferredStep:
+    """Ends at a time of the monotonic clock, and does not say so."""
+
+    def __init__(self, end: float, finish: Callable[[], StepResult]) -> None:
+        self.end, self.finish = end, finish
+
+    def ready(self) -> bool:
+        return False
+
+    def result(self) -> StepResult:
+        time.sleep(max(0.0, self.end - time.monotonic()))
+        return self.finish()
 
 
 class StandIn:
@@ -55,7 +76,13 @@ class StandIn:
         fault = wanted.get("fault", {})
         self.fault = fault if fault.get("rank", 0) == config.rank else {}
         self.collective = wanted.get("collective", False)
+        self.work_s = wanted.get("work_s", 0.0)
+        self.deferred = config.rank in wanted.get("deferred", [])
+        self.answer_tokens = wanted.get("answer_tokens", 0)
+        self.end = 0.0
         self.images: dict[str, float] = {}
+        self.processors: dict[str, tuple[Callable[..., Any], ...]] = {}
+        self.wanted_processors: dict[int, str] = {}
         self.num_blocks = 0
         self._maybe_fail("construct")
 
@@ -86,19 +113,43 @@ class StandIn:
     def unstage(self, key: str) -> None:
         del self.images[key]
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> PendingStep:
         """An image in `encode` adds its sum to every token, so the answer shows that it arrived."""
-        self._maybe_fail(plan.step_id)
+        if not self.fault.get("late"):
+            self._maybe_fail(plan.step_id)
+        result = self._compute(plan)
+        if self.deferred:
+            self.end = max(time.monotonic(), self.end) + self.work_s
+            return DeferredStep(self.end, lambda: self._finish(result))
+        if self.work_s > 0:
+            time.sleep(self.work_s)
+        return FinishedStep(self._finish(result))
+
+    def _finish(self, result: StepResult) -> StepResult:
+        if self.fault.get("late"):
+            self._maybe_fail(result.step_id)
+        return result
+
+    def _compute(self, plan: StepPlan) -> StepResult:
         extra = int(sum(self.images[key] for key in plan.encode)) + self._sum_over_ranks()
         if self.fault.get("do") == "differ" and self.fault["at"] == plan.step_id:
             extra += 1
-        sampled = tuple(
-            SampledTokens(piece.slot, (1000 * piece.slot + piece.start + piece.count + extra,))
+        self.wanted_processors |= {new.slot: new.sampling.processors for new in plan.new}
+        sampled = [
+            SampledTokens(piece.slot, (self._processed(piece.slot, piece.start + piece.count + extra),))
             for piece in plan.slices
             if piece.sample
-        )
+        ]
+        if self.answer_tokens:
+            sampled.append(SampledTokens(self.config.max_num_seqs, (100_000,) * self.answer_tokens))
         counters = StepCounters(num_collectives=self.comm.count.total, busy_us=os.getpid())
-        return StepResult(plan.step_id, self.config.rank, sampled, counters=counters)
+        return StepResult(plan.step_id, self.config.rank, tuple(sampled), counters=counters)
+
+    def _processed(self, slot: int, position: int) -> int:
+        token = 1000 * slot + position
+        for processor in self.processors.get(self.wanted_processors.get(slot, ""), ()):
+            token = processor(token)
+        return token
 
     def _sum_over_ranks(self) -> int:
         if not self.collective:

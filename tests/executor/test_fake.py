@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from dist_vlm.executor import fake
 from dist_vlm.executor.base import ExecutorError, StagedImage
 from dist_vlm.executor.contract import ContractError
 from dist_vlm.executor.fake import FakeExecutor, checksum_token
@@ -73,6 +74,44 @@ def test_two_plans_in_flight_are_answered_in_order() -> None:
     assert (first.step_id, second.step_id) == (0, 1)
     assert second.sampled[0].token_ids[0] == checksum_token((1, 2, first.sampled[0].token_ids[0]), 3)
     assert executor.last_results == (second,)
+
+
+class Clock:
+    """Time that passes only where the test lets it, and in sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_steps_take_their_time_one_after_the_other_and_beside_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(fake, "time", clock)
+    executor = started(step_delay_s=5.0)
+    executor.submit(StepPlan(0))
+    executor.submit(StepPlan(1))
+    clock.now += 2
+    executor.collect()
+    assert clock.now == 105
+    clock.now += 2
+    executor.submit(StepPlan(2))
+    executor.collect()
+    assert clock.now == 110, "what the driver did meanwhile cost nothing"
+    executor.collect()
+    assert clock.now == 115
+    clock.now += 2
+    executor.submit(StepPlan(3))
+    executor.collect()
+    assert clock.now == 122, "a lone step begins when it is submitted"
+    executor.submit(StepPlan(4))
+    clock.now += 9
+    executor.collect()
+    assert clock.now == 131, "an answer that is there is not waited for"
 
 
 def test_staging_arrives_after_the_polls_it_was_given_and_can_fail() -> None:

@@ -16,12 +16,15 @@ from stand_in import RUNNER, rank_config
 from dist_vlm.executor.base import ExecutorError, StagedImage, StartError
 from dist_vlm.executor.placement import PRIVATE_CPUS
 from dist_vlm.executor.ray import RayExecutor
+from dist_vlm.executor.transport_choice import TRANSPORTS
 from dist_vlm.workers.plan import NewSequence, SampledTokens, SamplingRow, Slice, StepPlan
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
 
 Make = Callable[..., RayExecutor]
 NOTICE_S = 2.0
+
+over_both = pytest.mark.parametrize("transport", sorted(TRANSPORTS))
 
 
 def decode(step_id: int, position: int = 5, **fields: object) -> StepPlan:
@@ -49,9 +52,10 @@ class Pair:
         return self.executor.collect().sampled
 
 
-@pytest.fixture(scope="module")
-def pair(shared_ray: object) -> Iterator[Pair]:
-    executor = RayExecutor(rank_config(2, {"collective": True}), runner=RUNNER, step_timeout_s=20)
+@pytest.fixture(scope="module", params=sorted(TRANSPORTS))
+def pair(shared_ray: object, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    config = rank_config(2, {"collective": True})
+    executor = RayExecutor(config, runner=RUNNER, transport=request.param, step_timeout_s=20)
     info = executor.start()
     assert info.num_blocks == 100
     assert [report.num_blocks for report in info.reports] == [100, 110]
@@ -146,16 +150,20 @@ def test_an_image_that_one_rank_cannot_take_is_reported_with_its_cause(make_ray_
     assert caught.value.rank == 1
 
 
+@over_both
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed_in_a_step_ends_collect_by_name(make_ray_executor: Make, rank: int) -> None:
+def test_a_rank_killed_with_two_steps_in_flight_ends_collect_by_name(
+    make_ray_executor: Make, rank: int, transport: str
+) -> None:
     # Without a collective only the watch can tell: the other rank answers, or is not asked.
     model = {"collective": rank == 1, "fault": {"rank": rank, "at": 1, "do": "hang"}}
-    executor = make_ray_executor(2, model)
+    executor = make_ray_executor(2, model, transport=transport)
     executor.start()
     executor.submit(decode(0))
     executor.collect()
     killed_pid = executor.last_results[rank].counters.busy_us
     executor.submit(decode(1))
+    executor.submit(decode(2))
     killed_at: list[float] = []
 
     def kill() -> None:
@@ -172,11 +180,14 @@ def test_a_rank_killed_in_a_step_ends_collect_by_name(make_ray_executor: Make, r
     assert "died" in caught.value.cause
     assert "\n" not in str(caught.value)
     with pytest.raises(ExecutorError, match="died"):
-        executor.submit(decode(2))
+        executor.submit(decode(3))
 
 
-def test_a_step_that_takes_too_long_names_the_rank(make_ray_executor: Make) -> None:
-    executor = make_ray_executor(2, {"fault": {"rank": 1, "at": 0, "do": "hang"}}, step_timeout_s=1.0)
+@over_both
+def test_a_step_that_takes_too_long_names_the_rank(make_ray_executor: Make, transport: str) -> None:
+    executor = make_ray_executor(
+        2, {"fault": {"rank": 1, "at": 0, "do": "hang"}}, step_timeout_s=1.0, transport=transport
+    )
     executor.start()
     executor.submit(decode(0))
     began = time.monotonic()
@@ -186,8 +197,9 @@ def test_a_step_that_takes_too_long_names_the_rank(make_ray_executor: Make) -> N
     assert caught.value.rank == 1
 
 
-def test_ranks_that_disagree_are_named(make_ray_executor: Make) -> None:
-    executor = make_ray_executor(2, {"fault": {"rank": 1, "at": 1, "do": "differ"}})
+@over_both
+def test_ranks_that_disagree_are_named(make_ray_executor: Make, transport: str) -> None:
+    executor = make_ray_executor(2, {"fault": {"rank": 1, "at": 1, "do": "differ"}}, transport=transport)
     executor.start()
     for step_id in (0, 1):
         executor.submit(decode(step_id))
@@ -196,9 +208,12 @@ def test_ranks_that_disagree_are_named(make_ray_executor: Make) -> None:
         executor.collect()
 
 
-def test_a_step_that_raises_is_named_though_its_peer_hangs_in_a_collective(make_ray_executor: Make) -> None:
+@over_both
+def test_a_step_that_raises_is_named_though_its_peer_hangs_in_a_collective(
+    make_ray_executor: Make, transport: str
+) -> None:
     model = {"collective": True, "fault": {"rank": 1, "at": 0, "do": "raise"}}
-    executor = make_ray_executor(2, model)
+    executor = make_ray_executor(2, model, transport=transport)
     executor.start()
     executor.submit(decode(0))
     began = time.monotonic()

@@ -9,16 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import is_running
+from processes import is_running, orphaned_shared_memory
 
 from dist_vlm.executor import ray_cluster
 from dist_vlm.executor.base import StartError
 from dist_vlm.executor.ray_cluster import RayCluster
+from dist_vlm.executor.transport_choice import TRANSPORTS
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -76,14 +78,68 @@ import ray
 print(ray.is_initialized())
 """
 
+KILL = """
+import json, os, signal, sys, threading, time
+from processes import descendants, shared_memory_of
+from stand_in import RUNNER, rank_config
+from dist_vlm.executor.base import ExecutorError
+from dist_vlm.executor.ray import RayExecutor
+from dist_vlm.workers.plan import Slice, StepPlan
+
+wanted = json.loads(sys.argv[1])
+model = {"collective": True, "work_s": 0.01}
+executor = RayExecutor(rank_config(2, model), runner=RUNNER, transport=wanted["transport"], start_timeout_s=90)
+executor.start()
+
+def plan(step_id):
+    return StepPlan(step_id, slices=(Slice(1, 5, 1, (), True),))
+
+executor.submit(plan(0))
+executor.submit(plan(1))
+executor.collect()
+pid = executor.last_results[wanted["rank"]].counters.busy_us
+children = descendants(os.getpid())
+shared = shared_memory_of([os.getpid(), *children])
+killed_at = []
+
+def kill():
+    time.sleep(0.3)
+    killed_at.append(time.monotonic())
+    os.kill(pid, signal.SIGKILL)
+
+threading.Thread(target=kill).start()
+step_id = 2
+while True:
+    try:
+        executor.submit(plan(step_id))
+        executor.collect()
+    except ExecutorError as raised:
+        error = raised
+        noticed_s = time.monotonic() - killed_at[0]
+        break
+    step_id += 1
+executor.shutdown()
+print(json.dumps({
+    "error": str(error), "rank": error.rank, "noticed_s": noticed_s, "steps": step_id, "ranks_pid": pid,
+    "pids": children, "shared": sorted(shared), "threads": [thread.name for thread in threading.enumerate()],
+}), flush=True)
+sys.stdin.read()
+"""
+
 
 def run(
-    code: str, model: dict[str, Any] | None = None, *, cwd: Path = ROOT, **environment: str
+    code: str,
+    model: dict[str, Any] | None = None,
+    *,
+    cwd: Path = ROOT,
+    stdin: int | None = None,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     env = os.environ | environment
     env.pop("RAY_AUTH_TOKEN", None)
     command = [sys.executable, "-c", code, json.dumps(model or {})]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=env, stdin=stdin, stdout=pipe, stderr=pipe, text=True)
 
 
 def facts_of(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -155,6 +211,41 @@ def test_no_rank_outlives_a_driver_that_is_killed() -> None:
     for pid in filter(is_running, facts["pids"]):
         os.kill(pid, signal.SIGKILL)
     shutil.rmtree(facts["temp_dir"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("transport", sorted(TRANSPORTS))
+def test_a_killed_rank_is_told_in_time_and_shutdown_leaves_nothing_of_it(transport: str, rank: int) -> None:
+    """Two steps are in flight at any moment. The program lives on after its shutdown()."""
+    before = orphaned_shared_memory()
+    # Short, or Ray's sockets would not fit under it and the directory would be another.
+    temp = Path(tempfile.mkdtemp(prefix="k-", dir="/tmp"))
+    wanted = {"transport": transport, "rank": rank}
+    path = f"{HERE}{os.pathsep}{ROOT}"
+    process = run(KILL, wanted, stdin=subprocess.PIPE, PYTHONPATH=path, TMPDIR=str(temp))
+    try:
+        facts = facts_of(process)
+        assert facts["error"].startswith(f"step failed (rank {rank}): its process died")
+        assert facts["rank"] == rank
+        assert facts["noticed_s"] < 2.0
+        assert facts["steps"] > 3, "it was killed amid steps"
+        assert facts["ranks_pid"] in facts["pids"]
+        assert len(facts["pids"]) >= 4
+        assert_gone(facts["pids"])
+        left = [name for name in facts["shared"] if Path("/dev/shm", name).exists()]
+        assert not left
+        assert orphaned_shared_memory() <= before
+        assert list(temp.iterdir()) == []
+        assert facts["threads"] == ["MainThread"]
+    finally:
+        out, errors = process.communicate(timeout=60)
+        shutil.rmtree(temp)
+    assert (process.returncode, out) == (0, "")
+    # What the log says, and no more.
+    assert [line.partition(": its process died")[0] for line in errors.splitlines()] == [
+        f"rank {rank}",
+        f"step failed (rank {rank})",
+    ]
 
 
 def test_a_start_that_fails_tells_one_line_and_leaves_no_process() -> None:

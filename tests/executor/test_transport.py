@@ -22,6 +22,7 @@ from dist_vlm.executor.transport import Transport, TransportClosedError, Transpo
 from dist_vlm.executor.transport_choice import TRANSPORTS
 from dist_vlm.workers import wire
 from dist_vlm.workers.failure import RankError
+from dist_vlm.workers.pending import FinishedSteps
 from dist_vlm.workers.plan import NewSequence, SamplingRow, StepPlan, StepResult
 
 pytestmark = pytest.mark.usefixtures("shared_ray")
@@ -49,7 +50,10 @@ class Ends:
         return self.next_step - 1
 
     def receive(self, timeout_s: float = 20.0) -> list[StepResult]:
-        return [wire.decode(StepResult, answer) for answer in self.transport.receive(timeout_s)]
+        """Each rank's one result: the stand-in's steps end with their launch."""
+        answers = [wire.decode(FinishedSteps, answer).results for answer in self.transport.receive(timeout_s)]
+        assert [len(results) for results in answers] == [1, 1]
+        return [results[0] for results in answers]
 
     def end(self) -> None:
         for actor in self.actors:
@@ -95,6 +99,13 @@ def test_a_message_of_any_size_passes(ends: Ends, num_tokens: int) -> None:
         assert len(ends.receive()) == 2
 
 
+def test_an_empty_message_passes_and_brings_nothing_that_was_answered(ends: Ends) -> None:
+    ends.send()
+    ends.receive()
+    ends.transport.send(b"")
+    assert [wire.decode(FinishedSteps, answer) for answer in ends.transport.receive(20.0)] == [FinishedSteps(())] * 2
+
+
 def test_more_than_depth_unanswered_messages_are_refused(ends: Ends) -> None:
     for _ in range(DEPTH):
         ends.send()
@@ -127,6 +138,18 @@ def test_a_late_answer_is_a_timeout_and_close_frees_the_sender(start: Callable[.
     ends.transport.close()
     with pytest.raises(TransportClosedError):
         ends.send()
+
+
+@pytest.mark.parametrize("name", sorted(TRANSPORTS))
+def test_long_plans_and_long_answers_do_not_wait_for_each_other(start: Callable[..., Ends], name: str) -> None:
+    # 1.5 MB a plan and as much an answer, both far above what a socket holds.
+    ends = start(name, answer_tokens=300_000)
+    new = (NewSequence(0, (100_000,) * 300_000, 300_000, (), SamplingRow()),)
+    sent = [ends.send(new=new) for _ in range(DEPTH)]
+    for step_id in sent:
+        answers = ends.receive()
+        assert [answer.step_id for answer in answers] == [step_id] * 2
+        assert [answer.sampled[-1].token_ids for answer in answers] == [(100_000,) * 300_000] * 2
 
 
 @pytest.mark.parametrize("name", sorted(TRANSPORTS))
