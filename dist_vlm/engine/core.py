@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from dist_vlm.engine.messages import EngineOutput, EngineRequest
 from dist_vlm.engine.staging import StagingArea
 from dist_vlm.executor.base import Executor, ExecutorInfo
-from dist_vlm.sched.block_pool import BlockPool, BooksError
+from dist_vlm.sampling import LogitsProcessor
+from dist_vlm.sched.block_pool import BlockPool
+from dist_vlm.sched.features import FeatureTable
 from dist_vlm.sched.request import Request
 from dist_vlm.sched.scheduler import Scheduler, SchedulerStats, Update
 
@@ -21,7 +24,10 @@ _STAGING_POLL_S = 0.0005
 class EngineCore:
     """Owns the scheduler and drives the executor. Not safe for use from several threads.
 
-    depth: plans in flight at most.
+    depth: plans in flight at most: with two, the ranks compute one while the driver works on the other.
+    feature_rows: most feature rows of encoded images the ranks hold at once; None is unlimited.
+    keep_features: whether they hold them for later requests.
+    staging_timeout_s: how long an image may take to reach the ranks before its requests fail.
     """
 
     def __init__(
@@ -33,6 +39,10 @@ class EngineCore:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         depth: int = 1,
+        enable_prefix_caching: bool = True,
+        feature_rows: int | None = None,
+        keep_features: bool = True,
+        staging_timeout_s: float = 60.0,
     ) -> None:
         self._executor = executor
         self._block_size = block_size
@@ -40,7 +50,10 @@ class EngineCore:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._depth = depth
-        self._staging = StagingArea(executor)
+        self._enable_prefix_caching = enable_prefix_caching
+        self._feature_rows = feature_rows
+        self._keep_features = keep_features
+        self._staging = StagingArea(executor, timeout_s=staging_timeout_s)
         self._images: dict[str, tuple[str, ...]] = {}
         self._last_submitted = -1
         self._last_collected = -1
@@ -60,12 +73,27 @@ class EngineCore:
             pool=BlockPool(info.num_blocks, self._block_size),
             max_num_seqs=self._max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
+            features=FeatureTable(self._feature_rows, keep=self._keep_features),
+            enable_prefix_caching=self._enable_prefix_caching,
         )
         return info
 
     @property
     def stats(self) -> SchedulerStats:
         return self.scheduler.stats
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Of the requests that have not ended."""
+        return tuple(self._images)
+
+    @property
+    def serves_logits_processors(self) -> bool:
+        return self._executor.serves_logits_processors
+
+    def set_processors(self, name: str, processors: Sequence[LogitsProcessor] | None) -> None:
+        """Registers logits processors under the name that a request's sampling row has; None forgets them."""
+        self._executor.set_processors(name, processors)
 
     @property
     def staged_bytes(self) -> int:
@@ -109,7 +137,9 @@ class EngineCore:
         elif self._staging.num_waiting:
             time.sleep(_STAGING_POLL_S)
         elif self.scheduler.has_work:
-            raise BooksError(f"{self.scheduler.num_waiting} requests wait, none runs, and none can be scheduled")
+            for update in self.scheduler.unblock():
+                _log.error("request %s can never run: %s", update.request.request_id, update.request.stop_reason)
+                outputs.append(self._output(update))
         self._staging.collected(self._last_collected)
         if not self.has_work:
             self.scheduler.check()
@@ -136,10 +166,13 @@ class EngineCore:
         output = EngineOutput(
             request_id=request.request_id,
             new_token_ids=update.new_token_ids,
+            logprobs=update.logprobs,
+            prompt_logprobs=update.prompt_logprobs,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             first_scheduled_time=request.first_scheduled_time,
             num_preemptions=request.num_preemptions,
+            num_cached_tokens=request.num_cached_tokens,
         )
         return self._ended(output) if request.is_finished else output
 
@@ -157,4 +190,6 @@ def _record(request: EngineRequest) -> Request:
         images=tuple(image.span for image in request.images),
         sampling=request.sampling,
         stop_token_ids=request.stop_token_ids,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 
@@ -13,9 +14,13 @@ class StagingArea:
     """Stages each image once, however many requests share it, and tells when a request's images have all arrived.
 
     An image stays staged until its last request has ended: a preempted request encodes again.
+
+    timeout_s: how long a request waits for its images before it fails.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, *, timeout_s: float = 60.0) -> None:
+        self._timeout_s = timeout_s
+        self._waiting_since: dict[str, float] = {}
         self._executor = executor
         self._users: dict[str, set[str]] = {}
         self._arrived: set[str] = set()
@@ -54,6 +59,7 @@ class StagingArea:
                 missing.add(key)
         if missing:
             self._waiting[request.request_id] = (request, missing)
+            self._waiting_since[request.request_id] = time.monotonic()
         return not missing
 
     def poll(self) -> tuple[list[EngineRequest], list[tuple[EngineRequest, str]]]:
@@ -66,15 +72,21 @@ class StagingArea:
                     continue
                 missing.discard(staged.key)
                 if staged.error is not None:
-                    del self._waiting[request_id]
+                    self.withdraw(request_id)
                     failed.append((request, staged.error))
                 elif not missing:
-                    del self._waiting[request_id]
+                    self.withdraw(request_id)
                     ready.append(request)
+        late = time.monotonic() - self._timeout_s
+        for request_id, (request, missing) in list(self._waiting.items()):
+            if self._waiting_since[request_id] < late:
+                self.withdraw(request_id)
+                failed.append((request, f"{len(missing)} image(s) did not reach the ranks in {self._timeout_s:g} s"))
         return ready, failed
 
     def withdraw(self, request_id: str) -> bool:
         """Takes a request out of the queue for its images; false if it is not in it."""
+        self._waiting_since.pop(request_id, None)
         return self._waiting.pop(request_id, None) is not None
 
     def end(self, request_id: str, keys: Iterable[str], last_step_id: int) -> None:
