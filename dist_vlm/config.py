@@ -119,7 +119,7 @@ class CacheConfig:
         "int", None, help="number of KV blocks of each rank, in place of any computed one", low=1
     )
     enable_prefix_caching: bool = option(
-        "bool", True, help="keep the KV blocks of ended requests for others that begin with the same tokens and pictures"
+        "bool", True, help="keep KV blocks of ended requests for others that begin with the same tokens and pictures"
     )
 
     def __post_init__(self) -> None:

@@ -18,10 +18,13 @@ class TextPrompt(TypedDict):
 
     prompt: the text, with one image placeholder for each image, or as many as the image has tokens.
     multi_modal_data: the image, or {"image": one or a list of them, in the order of their placeholders}.
+    cache_salt: only prompts of the same salt share what is cached of their beginning, so that none can find out by
+        the time it takes what another one holds; at most 256 characters.
     """
 
     prompt: str
     multi_modal_data: NotRequired[MultiModalData | None]
+    cache_salt: NotRequired[str | None]
 
 
 class TokensPrompt(TypedDict):
@@ -29,6 +32,7 @@ class TokensPrompt(TypedDict):
 
     prompt_token_ids: list[int]
     multi_modal_data: NotRequired[MultiModalData | None]
+    cache_salt: NotRequired[str | None]
 
 
 class TextTokensPrompt(TypedDict):
@@ -37,12 +41,14 @@ class TextTokensPrompt(TypedDict):
     prompt: str
     prompt_token_ids: list[int]
     multi_modal_data: NotRequired[MultiModalData | None]
+    cache_salt: NotRequired[str | None]
 
 
 PromptStrictInputs: TypeAlias = str | TextPrompt | TokensPrompt
 PromptInputs: TypeAlias = str | TextPrompt | TokensPrompt | TextTokensPrompt
 
-_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data")
+_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt")
+_MAX_SALT_CHARACTERS = 256
 
 
 class ParsedPrompt(TypedDict):
@@ -51,12 +57,13 @@ class ParsedPrompt(TypedDict):
     prompt: str | None
     prompt_token_ids: list[int] | None
     multi_modal_data: MultiModalData | None
+    cache_salt: str
 
 
 def parse_prompt(inputs: Any) -> ParsedPrompt:
     """Brings one prompt of any accepted form into one. Raises `ValueError` naming what is wrong with it."""
     if isinstance(inputs, str):
-        return {"prompt": inputs, "prompt_token_ids": None, "multi_modal_data": None}
+        return {"prompt": inputs, "prompt_token_ids": None, "multi_modal_data": None, "cache_salt": ""}
     if not isinstance(inputs, Mapping):
         raise ValueError(f"inputs of type {type(inputs).__name__}: must be a string or a mapping with {_KEYS}")
     unknown = [key for key in inputs if key not in _KEYS]
@@ -71,7 +78,22 @@ def parse_prompt(inputs: Any) -> ParsedPrompt:
         "prompt": prompt,
         "prompt_token_ids": None if tokens is None else _token_list(tokens),
         "multi_modal_data": inputs.get("multi_modal_data"),
+        "cache_salt": _salt(inputs.get("cache_salt")),
     }
+
+
+def _salt(salt: Any) -> str:
+    if salt is None:
+        return ""
+    if not isinstance(salt, str):
+        raise ValueError(f"cache_salt of type {type(salt).__name__}: must be a string")
+    if len(salt) > _MAX_SALT_CHARACTERS:
+        raise ValueError(f"cache_salt has {len(salt)} characters: must have at most {_MAX_SALT_CHARACTERS}")
+    try:
+        salt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"cache_salt holds {salt[error.start]!r}, half of a surrogate pair: not text") from None
+    return salt
 
 
 def _token_list(tokens: Any) -> list[int]:

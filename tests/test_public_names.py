@@ -12,6 +12,7 @@ import pytest
 import dist_vlm
 
 HOMES = {
+    "AsyncLLM": "dist_vlm.async_llm",
     "LLM": "dist_vlm.llm",
     "SamplingParams": "dist_vlm.sampling",
     "TextPrompt": "dist_vlm.inputs",

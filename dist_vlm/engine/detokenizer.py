@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 # The end of the prompt decides whether the answer's first token carries a leading space.
 _CONTEXT_TOKENS = 6
+# Tokens that have shown nothing are decoded again with each token. No character takes so many: these are special
+# tokens left out, or bytes that make none.
+_MAX_HELD_TOKENS = 32
 
 
 class Detokenizer:
@@ -22,40 +25,59 @@ class Detokenizer:
         self, tokenizer: PreTrainedTokenizerFast, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool
     ) -> None:
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
-        self._context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
         self._skip = skip_special_tokens
-        self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
         self._token_ids: list[int] = []
-        self._num_shown = 0
-        self.text = ""
+        self._num_told = 0  # tokens that are not held back
+        self._num_visible = 0  # up to the last of them that had text
+        self._text = ""
+        self._context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
+        if self._decode(self._context).endswith("\ufffd"):
+            self._context = []  # half a character: a stream would show these tokens as its own
+        self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
 
-    def add(self, token_ids: Sequence[int]) -> None:
-        """Takes the answer's next tokens."""
-        for token in token_ids:
-            self._token_ids.append(token)
-            piece = self._step(token)
-            if piece is not None:
-                self.text += piece
-                self._num_shown = len(self._token_ids)
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._text
 
-    def _step(self, token: int) -> str | None:
-        """The text that a token completes. Bytes that can never make a character break a stream of the library, which
-        then starts anew behind them."""
+    def add(self, token: int) -> str:
+        """Takes the answer's next token; returns the text that it completes."""
+        self._token_ids.append(token)
         try:
-            return self._stream.step(self._tokenizer, token)
+            piece = self._stream.step(self._tokenizer, token)
         except Exception:
-            held = self._tokenizer.decode(self._token_ids[self._num_shown :], skip_special_tokens=self._skip)
-            recent = (self._context + self._token_ids)[-_CONTEXT_TOKENS:]
-            self._stream = DecodeStream(ids=recent, skip_special_tokens=self._skip)
-            return held
+            # Bytes that can never make a character break a stream of the library.
+            piece = self._give_up()
+        if piece is None:
+            if len(self._token_ids) - self._num_told < _MAX_HELD_TOKENS:
+                return ""
+            piece = self._give_up()
+        self._num_told = len(self._token_ids)
+        if piece:
+            self._num_visible = self._num_told
+            self._text += piece
+        return piece
 
-    def finish(self) -> None:
-        """Adds what was held back: an unfinished character becomes U+FFFD, as in decoding the whole."""
-        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
-        whole = self._tokenizer.decode(self._context + self._token_ids, skip_special_tokens=self._skip)
-        # What was streamed stands, even where decoding the whole would have spelt it otherwise.
-        if whole.startswith(before + self.text):
-            self.text = whole[len(before) :]
-        else:
-            held = self._token_ids[self._num_shown :]
-            self.text += self._tokenizer.decode(held, skip_special_tokens=self._skip)
+    def finish(self) -> str:
+        """Returns what was held back: an unfinished character becomes U+FFFD, as in decoding the whole."""
+        whole = self._decode(self._context + self._token_ids)
+        shown = self._decode(self._context) + self._text
+        # What was shown stands, even where decoding the whole would have spelt it otherwise.
+        piece = whole[len(shown) :] if whole.startswith(shown) else self._decode(self._token_ids[self._num_told :])
+        self._text += piece
+        return piece
+
+    def _give_up(self) -> str:
+        """The text of the tokens held, as it stands; a new stream begins behind them, or where none of them has text,
+        behind the last that had."""
+        held = self._decode(self._token_ids[self._num_told :])
+        end = len(self._token_ids) if held else self._num_visible
+        recent = (self._context + self._token_ids[:end])[-_CONTEXT_TOKENS:]
+        if self._decode(recent).endswith("\ufffd"):
+            recent = []
+        self._stream = DecodeStream(ids=recent, skip_special_tokens=self._skip)
+        return held
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=self._skip)
+        return text

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.config import EngineConfig
+from dist_vlm.engine.chat import ChatRenderer
 from dist_vlm.engine.images import ImagePreparer
 from dist_vlm.engine.processor import Processor
 from dist_vlm.workers.models import ModelSpec, get_family, read_spec
@@ -21,11 +22,15 @@ class Front:
     spec: ModelSpec
     tokenizer: PreTrainedTokenizerFast
     processor: Processor
+    chat: ChatRenderer
 
 
-def load_front(config: EngineConfig) -> Front:
+def load_front(config: EngineConfig, *, serves_logits_processors: bool = False) -> Front:
     """Loads the tokenizer and the image processor of a resolved configuration. Raises `ValueError` naming the
-    directory if one is missing or unreadable."""
+    directory if one is missing or unreadable.
+
+    serves_logits_processors: whether the executor does; without, requests that bring some are refused.
+    """
     spec = read_spec(config.model.model)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.model)
     image_processor = None
@@ -38,8 +43,11 @@ def load_front(config: EngineConfig) -> Front:
         images=ImagePreparer(spec=spec, vision=config.vision, processor=image_processor),
         max_model_len=config.model.max_model_len,
         seed=config.model.seed,
+        max_logprobs=config.scheduler.max_logprobs,
+        serves_logits_processors=serves_logits_processors,
     )
-    return Front(spec, tokenizer, processor)
+    chat = ChatRenderer(tokenizer, image_token_id=spec.image_token_id, max_pixels=config.vision.max_image_pixels)
+    return Front(spec, tokenizer, processor, chat)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from dist_vlm.engine.object_locks import ObjectLocks
 from dist_vlm.executor.base import StageKind
 from dist_vlm.media import content_key, to_rgb
 from dist_vlm.multimodal.image import ImageFeatureData, ImagePixelData
@@ -29,7 +30,7 @@ class PreparedImage:
 
 
 class ImagePreparer:
-    """Turns what a caller gave as images into arrays of the model's shapes.
+    """Turns what a caller gave as images into arrays of the model's shapes. Safe for use from several threads.
 
     processor: None if only tensors are accepted.
     """
@@ -38,6 +39,7 @@ class ImagePreparer:
         self._spec = spec
         self._vision = vision
         self._processor = processor
+        self._decoding = ObjectLocks()
 
     def listed(self, data: Any) -> list[Any]:
         """A prompt's `multi_modal_data` as a list, its number checked. Raises `ValueError`."""
@@ -71,7 +73,9 @@ class ImagePreparer:
         if self._processor is None:
             raise ValueError(f"{name} is a picture, but disable_image_processor is set: pass preprocessed pixel values")
         self._check_aspect(picture, name)
-        rgb = to_rgb(picture, max_pixels=self._vision.max_image_pixels, name=name)
+        # PIL decodes a picture when it is first used; two requests with the same one must not do so at the same time.
+        with self._decoding.holding(picture):
+            rgb = to_rgb(picture, max_pixels=self._vision.max_image_pixels, name=name)
         array = self._processor.preprocess(rgb)
         return PreparedImage(content_key(rgb, settings=self._processor.digest), "pixel_values", array)
 

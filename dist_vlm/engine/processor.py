@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.engine.images import ImagePreparer, PreparedImage
 from dist_vlm.engine.messages import EngineImage, EngineRequest
+from dist_vlm.engine.sampling_rows import SamplingRows
 from dist_vlm.inputs import parse_prompt
-from dist_vlm.sampling import SamplingParams, refuse_unserved
-from dist_vlm.workers.plan import ImageSpan, SamplingRow
+from dist_vlm.sampling import SamplingParams
+from dist_vlm.workers.plan import ImageSpan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,12 +18,20 @@ if TYPE_CHECKING:
     from dist_vlm.workers.models import ModelSpec
 
 
+# Priorities cross to the engine as whole numbers of 32 bits.
+_PRIORITIES = range(-(2**31), 2**31)
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessedPrompt:
-    """A checked request, and the text it came from where there was one."""
+    """A checked request, and the text it came from where there was one.
 
+    requests: one for each answer, best_of of them. A single one has the request's id, several have "id/0", "id/1", ...
+    """
+
+    request_id: str
     prompt: str | None
-    request: EngineRequest
+    requests: tuple[EngineRequest, ...]
 
 
 class Processor:
@@ -37,38 +45,56 @@ class Processor:
         images: ImagePreparer,
         max_model_len: int,
         seed: int,
+        max_logprobs: int = 20,
+        serves_logits_processors: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._spec = spec
         self._images = images
         self._max_model_len = max_model_len
-        self._seed = seed
-        self._num_seeded = 0
+        self._sampling = SamplingRows(
+            tokenizer=tokenizer,
+            spec=spec,
+            seed=seed,
+            max_logprobs=max_logprobs,
+            serves_logits_processors=serves_logits_processors,
+        )
 
-    def process(self, request_id: str, inputs: Any, params: SamplingParams) -> ProcessedPrompt:
+    def process(self, request_id: str, inputs: Any, params: SamplingParams, *, priority: int = 0) -> ProcessedPrompt:
         """Raises `ValueError` naming the field, its value and what is allowed."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params of type {type(params).__name__}: must be a SamplingParams")
+        _check_priority(priority)
         # Checked anew: its fields may have been changed since it was made.
         params = params.clone()
-        refuse_unserved(params)
+        self._sampling.check(params)
         parsed = parse_prompt(inputs)
         token_ids = self._tokenize(parsed["prompt"], parsed["prompt_token_ids"])
         # Counts and length are known before any picture is decoded.
         given = self._images.listed(parsed["multi_modal_data"])
         token_ids, starts = self._expand(token_ids, len(given))
+        token_ids, starts = _truncate(token_ids, starts, params.truncate_prompt_tokens)
         self._check_length(len(token_ids))
         images = self._images.prepare(given)
         spans = [self._span(image, start) for image, start in zip(images, starts, strict=True)]
-        request = EngineRequest(
+        max_tokens, stop_token_ids = self._max_tokens(params, len(token_ids)), self._stop_token_ids(params)
+        rows = self._sampling.rows(params, name=request_id, max_tokens=max_tokens, stop_token_ids=stop_token_ids)
+        first = EngineRequest(
             request_id=request_id,
             prompt_token_ids=tuple(token_ids),
             images=tuple(EngineImage(span, image.kind, image.array) for span, image in zip(spans, images, strict=True)),
-            sampling=self._sampling_row(params),
-            max_tokens=self._max_tokens(params, len(token_ids)),
-            stop_token_ids=self._stop_token_ids(params),
+            sampling=rows[0],
+            max_tokens=max_tokens,
+            stop_token_ids=stop_token_ids,
+            priority=priority,
+            cache_salt=parsed["cache_salt"],
         )
-        return ProcessedPrompt(parsed["prompt"], request)
+        requests: tuple[EngineRequest, ...] = (first,)
+        if len(rows) > 1:
+            requests = tuple(
+                replace(first, request_id=f"{request_id}/{row.sample_index}", sampling=row) for row in rows
+            )
+        return ProcessedPrompt(request_id, parsed["prompt"], requests)
 
     def _tokenize(self, prompt: str | None, token_ids: list[int] | None) -> list[int]:
         if token_ids is None:
@@ -128,21 +154,24 @@ class Processor:
         eos = () if params.ignore_eos else self._spec.eos_token_ids
         return frozenset((*params.stop_token_ids, *eos))
 
-    def _sampling_row(self, params: SamplingParams) -> SamplingRow:
-        if params.is_greedy:
-            return SamplingRow()
-        return SamplingRow(
-            temperature=float(params.temperature),
-            top_k=min(max(0, params.top_k), self._spec.vocab_size),
-            top_p=float(params.top_p),
-            seed=params.seed if params.seed is not None else self._next_seed(),
-        )
 
-    def _next_seed(self) -> int:
-        """A seed for a request that names none: the same run of the same engine draws the same."""
-        self._num_seeded += 1
-        digest = hashlib.blake2b(f"{self._seed} {self._num_seeded}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
+def _truncate(token_ids: list[int], starts: list[int], keep: int | None) -> tuple[list[int], list[int]]:
+    """The last `keep` tokens, and where the images' runs now start. Images must stay whole."""
+    cut = len(token_ids) - keep if keep is not None else 0
+    if cut <= 0:
+        return token_ids, starts
+    if starts and starts[0] < cut:
+        raise ValueError(
+            f"truncate_prompt_tokens = {keep}: would cut off image 0, whose placeholders begin at token {starts[0]} of "
+            f"the prompt's {len(token_ids)}; must be at least {len(token_ids) - starts[0]}"
+        )
+    return token_ids[cut:], [start - cut for start in starts]
+
+
+def _check_priority(priority: Any) -> None:
+    if isinstance(priority, bool) or not isinstance(priority, int) or priority not in _PRIORITIES:
+        allowed = f"an integer, at least {_PRIORITIES.start} and at most {_PRIORITIES.stop - 1}; lower runs first"
+        raise ValueError(f"priority = {priority!r}: must be {allowed}")
 
 
 def _placeholder_message(found: int, num_images: int, size: int) -> str:

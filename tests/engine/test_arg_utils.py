@@ -97,9 +97,17 @@ def test_every_old_flag_is_decided_once() -> None:
 
 
 def test_all_old_defaults_together_are_accepted() -> None:
-    # The one default that the calling class itself changes is disable_log_stats.
+    # The defaults that differ here: the calling class itself changes disable_log_stats, and caching is on.
     config = engine_config(**OLD_FLAGS)
-    assert config == EngineConfig.from_fields(model="facebook/opt-125m", disable_log_stats=False)
+    expected = {"disable_log_stats": False, "enable_prefix_caching": False}
+    assert config == EngineConfig.from_fields(model="facebook/opt-125m", **expected)
+
+
+def test_caching_and_logprobs_are_fields() -> None:
+    config = engine_config(model="m", enable_prefix_caching=False, max_logprobs=3)
+    assert (config.cache.enable_prefix_caching, config.scheduler.max_logprobs) == (False, 3)
+    with pytest.raises(ConfigError, match="max_logprobs = -1"):
+        engine_config(model="m", max_logprobs=-1)
 
 
 def test_the_offline_example_of_the_time_is_accepted() -> None:
@@ -155,7 +163,6 @@ def test_what_changes_nothing_is_accepted(name: str, value: Any) -> None:
         ("swap_space", 8, "recomputed"),
         ("swap_space", None, "recomputed"),
         ("preemption_mode", "swap", "recomputed"),
-        ("enable_prefix_caching", True, "leave it out"),
         ("enable_lora", True, "merge the adapter"),
         ("speculative_model", "m2", "leave it out"),
         ("guided_decoding_backend", "lm-format-enforcer", "leave it out"),

@@ -17,7 +17,8 @@ def picture(seed=0, size=(80, 60)):
 
 
 def process(front, inputs, params=GREEDY):
-    return front.processor.process("r", inputs, params).request
+    (request,) = front.processor.process("r", inputs, params).requests
+    return request
 
 
 def test_tokens_and_pixels_are_what_transformers_prepares(front, tiny_facts):
@@ -125,10 +126,66 @@ def test_a_prompt_too_long_is_refused_before_its_picture_is_decoded(front):
 
 
 def test_a_sampling_field_not_served_is_refused_by_name(front):
-    with pytest.raises(ValueError, match="presence_penalty = 1"):
-        process(front, "hi", SamplingParams(presence_penalty=1))
+    with pytest.raises(ValueError, match="use_beam_search = True"):
+        process(front, "hi", SamplingParams(use_beam_search=True))
     with pytest.raises(ValueError, match="sampling_params of type dict"):
         process(front, "hi", {"temperature": 0})
+    spoilt = SamplingParams()
+    spoilt.min_p = float("nan")
+    with pytest.raises(ValueError, match="min_p = nan"):
+        process(front, "hi", spoilt)
+
+
+def test_several_answers_are_requests_of_their_own_over_one_prompt(front):
+    params = SamplingParams(n=2, best_of=3, max_tokens=5, stop_token_ids=[9])
+    inputs = {"prompt": "<image> what?", "multi_modal_data": {"image": picture()}, "cache_salt": "tenant"}
+    processed = front.processor.process("7", inputs, params, priority=-3)
+    assert (processed.request_id, processed.prompt) == ("7", "<image> what?")
+    assert [request.request_id for request in processed.requests] == ["7/0", "7/1", "7/2"]
+    assert [request.sampling.sample_index for request in processed.requests] == [0, 1, 2]
+    first = processed.requests[0]
+    for request in processed.requests:
+        assert request.prompt_token_ids is first.prompt_token_ids
+        assert request.images is first.images
+        assert (request.max_tokens, request.stop_token_ids) == (5, {2, 9})
+        assert (request.priority, request.cache_salt) == (-3, "tenant")
+
+
+def test_one_answer_has_the_requests_id(front):
+    (request,) = front.processor.process("7", "hi", GREEDY).requests
+    assert (request.request_id, request.priority, request.cache_salt) == ("7", 0, "")
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31) - 1, 1.0, True, "high", None])
+def test_a_wrong_priority_is_named(front, priority):
+    with pytest.raises(ValueError, match=r"^priority = .*: must be an integer, at least -2147483648"):
+        front.processor.process("7", "hi", GREEDY, priority=priority)
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(front):
+    whole = process(front, {"prompt_token_ids": list(range(5, 200))}, SamplingParams(truncate_prompt_tokens=100))
+    assert list(whole.prompt_token_ids) == list(range(100, 200))
+    short = process(front, {"prompt_token_ids": [5, 6]}, SamplingParams(truncate_prompt_tokens=100))
+    assert list(short.prompt_token_ids) == [5, 6]
+    with pytest.raises(ValueError, match="128 tokens long"):
+        process(front, {"prompt_token_ids": [5] * 200}, SamplingParams(truncate_prompt_tokens=128))
+
+
+def test_no_image_is_cut(front):
+    """Tokens 0 .. 9 are text, 10 .. 25 the first image, 26 .. 41 the second, 42 .. 44 text again."""
+    inputs = {
+        "prompt_token_ids": [5] * 10 + [IMAGE_ID] * 2 + [6] * 3,
+        "multi_modal_data": {"image": [picture(1), picture(2)]},
+    }
+    kept = process(front, inputs, SamplingParams(truncate_prompt_tokens=35))
+    assert list(kept.prompt_token_ids) == [IMAGE_ID] * 32 + [6] * 3
+    assert [image.span.start for image in kept.images] == [0, 16]
+    kept = process(front, inputs, SamplingParams(truncate_prompt_tokens=40))
+    assert [image.span.start for image in kept.images] == [5, 21]
+    for keep in (1, 19, 34):
+        message = f"truncate_prompt_tokens = {keep}: would cut off image 0.*token 10 of the prompt's 45.*at least 35"
+        with pytest.raises(ValueError, match=message):
+            process(front, inputs, SamplingParams(truncate_prompt_tokens=keep))
 
 
 def test_limits_and_stop_tokens(front):
@@ -138,10 +195,3 @@ def test_limits_and_stop_tokens(front):
     request = process(front, "hi", SamplingParams(max_tokens=None, ignore_eos=True))
     assert request.max_tokens == 128 - len(request.prompt_token_ids)
     assert request.stop_token_ids == frozenset()
-
-
-def test_seeds(front):
-    drawn = [process(front, "hi", SamplingParams()).sampling.seed for _ in range(3)]
-    assert len(set(drawn)) == 3
-    assert process(front, "hi", SamplingParams(seed=5)).sampling.seed == 5
-    assert process(front, "hi", SamplingParams(top_k=-1, top_p=0.5)).sampling.top_k == 0

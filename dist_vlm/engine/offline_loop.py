@@ -1,0 +1,187 @@
+"""The loop of the offline API: takes prompts in as the engine has room for them, and tells each call its own news."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections import deque
+from collections.abc import Collection, Generator, Iterator, Mapping
+from typing import Any
+
+from dist_vlm.engine.core import EngineCore
+from dist_vlm.engine.front import Front
+from dist_vlm.engine.jobs import Job
+from dist_vlm.engine.messages import EngineOutput
+from dist_vlm.engine.processor import ProcessedPrompt
+from dist_vlm.engine.request_log import RequestLog
+from dist_vlm.executor.base import ExecutorError
+from dist_vlm.outputs import CompletionOutput, RequestOutput
+
+_log = logging.getLogger(__name__)
+
+# Requests prepared between two steps while a long list is worked off: pictures are decoded as they are needed.
+_PREPARED_PER_STEP = 16
+# Beyond this, pictures wait in the caller's form; at least one request is always let in.
+_MAX_STAGED_BYTES = 512 << 20
+
+
+class OfflineLoop:
+    """Runs a started core in the threads of its callers, one at a time.
+
+    ending: ends the ranks when called; alive until then.
+    """
+
+    def __init__(
+        self, core: EngineCore, front: Front, *, max_num_seqs: int, ending: weakref.finalize[Any, Any]
+    ) -> None:
+        self._core = core
+        self._front = front
+        self._max_num_seqs = max_num_seqs
+        self._ending = ending
+        self._dead: ExecutorError | None = None
+        self._ids = itertools.count()
+        # What a step told of requests whose run was not the one that asked for the step.
+        self._news: deque[EngineOutput] = deque()
+
+    def run(self, jobs: Iterator[Job], *, raise_errors: bool) -> Iterator[RequestOutput]:
+        """Works jobs off and yields their outputs. Several runs may be under way: each step serves all of them."""
+        mine: dict[str, RequestLog] = {}
+        more = True
+        try:
+            while more or mine:
+                if more:
+                    more = yield from self._submit_some(jobs, mine, raise_errors=raise_errors)
+                for news in self._news_of(mine) if mine else ():
+                    if news.request_id not in mine:
+                        continue  # its request ended with an answer beside it
+                    output = self._take(news, mine)
+                    if output.error is not None and raise_errors:
+                        raise ValueError(f"the request failed: {output.error}")
+                    yield output
+        finally:
+            for log in {id(log): log for log in mine.values()}.values():
+                self._abort(log.request_ids, mine)
+                self._forget_processors(log)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Where no request is left, takes the steps still in flight, so that nothing stays held until the next run."""
+        while self._dead is None and self._ending.alive and self._core.has_work and not self._core.request_ids:
+            self._step()
+
+    def _news_of(self, mine: Mapping[str, RequestLog]) -> list[EngineOutput]:
+        """What there is to tell of this run's requests, after a step if nothing has been told already."""
+        news = [self._news.popleft() for _ in range(len(self._news))]
+        if not any(one.request_id in mine for one in news):
+            news.extend(self._step())
+        self._news.extend(one for one in news if one.request_id not in mine)
+        return [one for one in news if one.request_id in mine]
+
+    def _take(self, news: EngineOutput, mine: dict[str, RequestLog]) -> RequestOutput:
+        """Adds news to its request. What goes wrong in that fails the request alone."""
+        log = mine[news.request_id]
+        if news.finish_reason is not None:
+            del mine[news.request_id]
+        try:
+            output = log.take(news)
+        except Exception as error:
+            _log.exception("request %s: the answer could not be detokenized", log.output.request_id)
+            output = log.fail(f"the answer could not be detokenized ({type(error).__name__})")
+        self._abort(log.pop_unwanted(), mine)
+        if output.finished:
+            self._forget_processors(log)
+        return output
+
+    def _abort(self, request_ids: Collection[str], mine: dict[str, RequestLog]) -> None:
+        """Ends engine requests of this run as far as they have not ended, and what was told of them and not heard."""
+        for request_id in request_ids:
+            if mine.pop(request_id, None) is not None:
+                self._core.abort(request_id)
+        if request_ids:
+            self._news = deque(one for one in self._news if one.request_id not in request_ids)
+
+    def _step(self) -> list[EngineOutput]:
+        """One step of the engine. Whatever goes wrong in it, an interrupt too, ends the engine: its books and the
+        ranks' no longer agree."""
+        self._check_alive()
+        try:
+            return self._core.step()
+        except ExecutorError as error:
+            self._dead = error
+            self._ending()
+            raise
+        except BaseException as error:
+            self._dead = ExecutorError("step", f"the engine was broken off by {type(error).__name__}")
+            self._ending()
+            raise
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise self._dead
+        if not self._ending.alive:
+            raise RuntimeError("this LLM is shut down")
+
+    def _submit_some(
+        self, jobs: Iterator[Job], mine: dict[str, RequestLog], *, raise_errors: bool
+    ) -> Generator[RequestOutput, None, bool]:
+        """Prepares a few more requests while fewer than two rounds of slots, and not too many bytes of images, are in
+        the engine; yields the failed, returns whether there may be more."""
+        limit = 2 * self._max_num_seqs
+        for _ in range(_PREPARED_PER_STEP):
+            if len(mine) >= limit or (mine and self._core.staged_bytes > _MAX_STAGED_BYTES):
+                return True
+            self._check_alive()
+            job = next(jobs, None)
+            if job is None:
+                return False
+            request_id = str(next(self._ids))
+            try:
+                log = self._submit(request_id, job)
+            except ValueError as error:
+                if raise_errors:
+                    raise
+                _log.warning("request %s failed: %s", request_id, error)
+                yield _failed(request_id, job.inputs, str(error))
+                continue
+            mine.update(dict.fromkeys(log.request_ids, log))
+        return True
+
+    def _submit(self, request_id: str, job: Job) -> RequestLog:
+        """Hands a request to the engine. Raises `ValueError` for one that cannot be served."""
+        processed, log = self._prepare(request_id, job)
+        if log.processors_name:
+            self._core.set_processors(log.processors_name, log.processors)
+        for index, request in enumerate(processed.requests):
+            try:
+                self._core.add(request)
+            except ValueError:
+                for added in processed.requests[:index]:
+                    self._core.abort(added.request_id)
+                self._forget_processors(log)
+                raise
+        return log
+
+    def _prepare(self, request_id: str, job: Job) -> tuple[ProcessedPrompt, RequestLog]:
+        """Raises `ValueError` alone: what else a library raises on a request's data goes to the log."""
+        try:
+            processed = self._front.processor.process(request_id, job.inputs, job.params, priority=job.priority)
+            return processed, RequestLog(
+                processed, job.params, tokenizer=self._front.tokenizer, eos_token_ids=self._front.spec.eos_token_ids
+            )
+        except (ValueError, ExecutorError):
+            raise
+        except Exception as error:
+            _log.exception("request %s could not be prepared", request_id)
+            raise ValueError(f"the request could not be prepared ({type(error).__name__})") from error
+
+    def _forget_processors(self, log: RequestLog) -> None:
+        if log.processors_name and self._dead is None and self._ending.alive:
+            self._core.set_processors(log.processors_name, None)
+
+
+def _failed(request_id: str, inputs: Any, error: str) -> RequestOutput:
+    """The output of a request that was refused before it began."""
+    prompt = inputs if isinstance(inputs, str) else inputs.get("prompt") if isinstance(inputs, dict) else None
+    answer = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error", stop_reason=error)
+    return RequestOutput(request_id, prompt, [], [answer], finished=True, error=error)
