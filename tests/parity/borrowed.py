@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dist_vlm.executor.base import Executor, ExecutorInfo, StagedImage, StageKind
 from dist_vlm.workers.plan import StepPlan, StepResult
@@ -21,6 +21,7 @@ class BorrowedExecutor(Executor):
 
     def __init__(self, lender: Executor, info: ExecutorInfo, *, first_step_id: int, num_blocks: int | None) -> None:
         self._lender = lender
+        self.serves_logits_processors = lender.serves_logits_processors
         self._info = dataclasses.replace(info, num_blocks=num_blocks or info.num_blocks)
         assert self._info.num_blocks <= info.num_blocks
         self._offset = first_step_id
@@ -28,6 +29,7 @@ class BorrowedExecutor(Executor):
         self._slots: set[int] = set()
         self._features: set[str] = set()
         self._staged: set[str] = set()
+        self._num_in_flight = 0
         self.results: list[StepResult] = []
         self.plans: list[StepPlan] = []
 
@@ -52,17 +54,24 @@ class BorrowedExecutor(Executor):
         self._features.update(plan.encode)
         self.plans.append(plan)
         self._lender.submit(dataclasses.replace(plan, step_id=self._offset + plan.step_id))
+        self._num_in_flight += 1
         self.next_step_id = self._offset + plan.step_id + 1
 
     def collect(self) -> StepResult:
         result = self._lender.collect()
+        self._num_in_flight -= 1
         result = dataclasses.replace(result, step_id=result.step_id - self._offset)
         self.results.append(result)
         self._features.difference_update(failure.image for failure in result.image_failures)
         return result
 
+    def set_processors(self, name: str, processors: Sequence[Callable[..., Any]] | None) -> None:
+        self._lender.set_processors(name, processors)
+
     def shutdown(self) -> None:
         """Leaves the ranks as they were lent: no slot taken, no feature held, no image staged."""
+        while self._num_in_flight:
+            self.collect()
         if self._slots or self._features:
             release, drop = tuple(self._slots), tuple(self._features)
             self._lender.submit(StepPlan(step_id=self.next_step_id, release=release, drop_features=drop))

@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         values = getattr(getattr(item, "callspec", None), "params", {})
         point = values.get("point")
         if point is not None:
-            return f"{point.checkpoint} {point.ranks}"
+            return f"{point.checkpoint} {point.ranks} {point.transport}"
         return f"tiny {values['num_ranks']}" if "num_ranks" in values else ""
 
     here = [index for index, item in enumerate(items) if item.path.parent == Path(__file__).parent]

@@ -11,22 +11,34 @@ AXES = {
     "budget": (7, 64, 8192),
     "cache": ("ample", "scarce"),
     "form": ("pixels", "features", "text"),
+    "caches": ("kept", "off"),
+    "steps": (1, 2),
 }
 
 
 @dataclass(frozen=True)
 class Point:
-    """ranks: tensor-parallel ranks. budget: tokens in a step. cache: whether KV blocks run out. form: of the images."""
+    """ranks: tensor-parallel ranks. budget: tokens in a step. cache: whether KV blocks run out. form: of the images.
+    caches: whether KV blocks and encoded images are kept for later requests. steps: in flight.
+    """
 
     checkpoint: str
     ranks: int
     budget: int
     cache: str
     form: str
+    caches: str
+    steps: int
+
+    @property
+    def transport(self) -> str:
+        """Every number of ranks meets both: each change of transport costs a start of the ranks."""
+        return "direct" if (self.checkpoint == "tiny") == (self.ranks == 2) else "ray"
 
     @property
     def name(self) -> str:
-        return f"{self.checkpoint}-{self.ranks}-ranks-{self.budget}-tokens-{self.cache}-{self.form}"
+        sizes = f"{self.ranks}-ranks-{self.budget}-tokens-{self.steps}-steps"
+        return f"{self.checkpoint}-{sizes}-{self.cache}-{self.form}-{self.caches}"
 
 
 def full() -> list[Point]:

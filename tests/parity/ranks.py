@@ -12,7 +12,7 @@ from dist_vlm.llm import LLM
 from .borrowed import BorrowedExecutor
 
 # Sizes the ranks are started with; an engine over them may claim less.
-_STARTED_WITH = {"max_model_len": 512, "max_num_seqs": 64, "max_num_batched_tokens": 8192}
+_STARTED_WITH = {"max_model_len": 512, "max_num_seqs": 64, "max_num_batched_tokens": 8192, "max_steps_in_flight": 2}
 
 
 class Ranks:
@@ -36,13 +36,16 @@ class Ranks:
         executor: str = "ray",
         kernels: str = "torch",
         dtype: str = "float32",
+        transport: str = "ray",
+        **changes: object,
     ) -> tuple[LLM, BorrowedExecutor]:
-        """An LLM over started ranks, with its own token budget and its own number of KV blocks."""
+        """An LLM over started ranks, with its own token budget, number of KV blocks, and `changes` of the driver's
+        fields."""
         self._end_loan()
-        key = (checkpoint, num_ranks, f"{executor} {kernels} {dtype}")
+        key = (checkpoint, num_ranks, f"{executor} {kernels} {dtype} {transport}")
+        config = self._config(checkpoint, num_ranks, executor, kernels, dtype).replace(transport=transport)
         if key != self._key:
             self.close()
-            config = self._config(checkpoint, num_ranks, executor, kernels, dtype)
             self._executor = executor_for(resolve(config))
             self._info = self._executor.start()
             self._key, self._next_step_id = key, 0
@@ -50,9 +53,7 @@ class Ranks:
         self._loan = BorrowedExecutor(
             self._executor, self._info, first_step_id=self._next_step_id, num_blocks=num_blocks
         )
-        config = self._config(checkpoint, num_ranks, executor, kernels, dtype).replace(
-            max_num_batched_tokens=budget, max_model_len=max_model_len
-        )
+        config = config.replace(max_num_batched_tokens=budget, max_model_len=max_model_len, **changes)
         return LLM.from_config(config, executor=self._loan), self._loan
 
     def _config(self, checkpoint: Path, num_ranks: int, executor: str, kernels: str, dtype: str) -> EngineConfig:

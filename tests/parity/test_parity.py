@@ -59,13 +59,22 @@ def test_tokens_equal_transformers(point: Point, num_cases: int, ranks: Ranks, c
         # Room for one sequence and a half of the longest kind.
         longest = max(len(reference_for(checkpoint).token_ids(case)) for case in cases) + SCARCE_TOKENS
         sizes = {"max_model_len": longest, "num_blocks": 3 * -(-longest // 16) // 2}
-    llm, loan = ranks.engine(checkpoint, num_ranks=point.ranks, budget=point.budget, **sizes)
+    sizes["max_steps_in_flight"] = point.steps
+    if point.caches == "off":
+        sizes |= {"enable_prefix_caching": False, "feature_cache_tokens": 0}
+    llm, loan = ranks.engine(checkpoint, num_ranks=point.ranks, budget=point.budget, transport=point.transport, **sizes)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=scarce)
     prompts = [prompt_of(case, point.form, checkpoint) for case in cases]
     outputs = llm.generate(prompts, params, use_tqdm=False)
 
     assert [output.error for output in outputs] == [None] * len(cases)
     assert [output.outputs[0].token_ids for output in outputs] == expected
+    if point.caches == "kept":
+        again = llm.generate(prompts, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in again] == expected, "with what the first pass left"
+        assert llm.stats.num_hit_tokens > 0
+    else:
+        assert llm.stats.num_hit_tokens == 0
     stats = llm.stats
     if point.form != "text" and point.budget == 7:
         assert stats.num_image_cuts > len(cases), "images were cut"
@@ -81,7 +90,8 @@ def test_tokens_equal_transformers(point: Point, num_cases: int, ranks: Ranks, c
 
 def test_the_pairwise_part_holds_every_pair() -> None:
     part = pairwise()
-    assert len(full()) == 108
+    assert len(full()) == 432
+    assert {(point.ranks, point.transport) for point in part} == {(n, t) for n in (1, 2, 4) for t in ("ray", "direct")}
     for first, second in [(a, b) for a in AXES for b in AXES if a < b]:
         seen = {(getattr(point, first), getattr(point, second)) for point in part}
         assert len(seen) == len(AXES[first]) * len(AXES[second])

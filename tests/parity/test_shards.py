@@ -57,7 +57,8 @@ def test_each_rank_holds_its_share(num_ranks: int, ranks: Ranks, tiny_checkpoint
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_the_ranks_meet_as_often_as_the_layers_ask(num_ranks: int, ranks: Ranks, tiny_checkpoint: Path) -> None:
-    """Two all-reduces a layer, one for the embedding, a gather where logits are wanted, a vote where images are."""
+    """Two all-reduces a layer and one of the slices' status; where tokens are sampled, one of their rows and a gather
+    of their logits; where an image is encoded, a vote."""
     llm, loan = ranks.engine(tiny_checkpoint, num_ranks=num_ranks, budget=10)
     case = noise_cases(with_images=True)[0]
     prompt: Any = {"prompt": case.prompt, "multi_modal_data": {"image": case.image}}
@@ -66,7 +67,7 @@ def test_the_ranks_meet_as_often_as_the_layers_ask(num_ranks: int, ranks: Ranks,
     seen = set()
     for plan, result in zip(loan.plans, loan.results, strict=True):
         samples = any(piece.sample for piece in plan.slices)
-        expected = 2 * layers + 1 + samples + bool(plan.encode)
+        expected = 2 * layers + 1 + 2 * samples + bool(plan.encode)
         assert result.counters.num_collectives == (expected if num_ranks > 1 else 0)
         seen.add((samples, bool(plan.encode)))
     assert {samples for samples, _ in seen} == {True, False}
