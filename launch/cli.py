@@ -12,10 +12,10 @@ from typing import NoReturn
 
 from dist_vlm.config import ConfigError
 from dist_vlm.config_fields import nearest
-from dist_vlm.launch import config_show, generate, info
+from dist_vlm.launch import check, config_show, generate, info
 from dist_vlm.version import __version__
 
-COMMANDS = (generate, info, config_show)
+COMMANDS = (generate, check, info, config_show)
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 

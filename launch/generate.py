@@ -1,4 +1,4 @@
-"""`dist-vlm generate`: pictures and a prompt in, one answer out."""
+"""`dist-vlm generate`: pictures and a prompt in, one answer out; or a file of requests in, a file of answers out."""
 
 from __future__ import annotations
 
@@ -6,25 +6,57 @@ import argparse
 import math
 import os
 import sys
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.config import ConfigError, EngineConfig
 from dist_vlm.config_load import add_config_flags, config_flags, load_config
+from dist_vlm.launch.jsonl import read_lines
+from dist_vlm.launch.jsonl_output import AnswerFile
+from dist_vlm.launch.local_media import LocalMedia
+from dist_vlm.launch.prompts import with_pictures
 
 if TYPE_CHECKING:
     from dist_vlm import LLM, SamplingParams, TextPrompt
 
-_TEXT = (
-    "one answer to a prompt. <image> in the prompt marks the place of each picture, in order, and the prompt is then "
-    "taken as it stands; pictures without it go before the text in the checkpoint's chat template"
-)
+_TEXT = """\
+Answers one prompt (--prompt), or each line of a file of requests (--input).
+
+One prompt: <image> in it marks the place of each picture, in order, and the prompt is then taken as it stands;
+pictures without it go before the text in the checkpoint's chat template. The answer is printed.
+
+A file: each line is a JSON object.
+  prompt    the text, as for --prompt
+  images    its pictures: names of files, or data: URLs. Names start at the directory of the input, or at
+            --media-root, and no file outside of it is opened.
+  messages  in place of both: a conversation in OpenAI's form, an image_url being such a name or data: URL
+  id        a string or an integer, given back with the answer (without it: the number of the line). Ids may repeat.
+  and any field of SamplingParams by its name; what a line does not set is as the flags say.
+Each answer is one line of --output, written as it ends: {"id", "index": number of the line, "text", "token_ids",
+"finish_reason", "stop_reason", "usage"}; where n is above 1, "outputs" is a list of such answers; with logprobs,
+"logprobs" and "cumulative_logprob". A wrong line gets {"id", "index", "error"}, and the others are answered.
+
+A run that ended early, however it ended, goes on with --resume: lines that have an answer are left alone, each other
+line gets one. An error is an answer too; to have such a line tried again, take its answer out of the output."""
 
 
 def add_command(commands: Any) -> None:
-    generate = commands.add_parser("generate", help="answer one prompt", description=_TEXT, allow_abbrev=False)
+    generate = commands.add_parser(
+        "generate",
+        help="answer one prompt, or a file of them",
+        description=_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     generate.add_argument("--config", metavar="FILE", help="YAML file; without it --model is needed")
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the text; see above")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the text of one prompt; see above")
+    source.add_argument("--input", metavar="FILE", help="requests, one JSON object a line; see above")
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    generate.add_argument("--output", metavar="FILE", help="with --input: where the answers go, a new file")
+    generate.add_argument("--resume", action="store_true", help="with --input: go on with the --output that is there")
+    generate.add_argument("--media-root", metavar="DIR", help="with --input: where its pictures are (beside the input)")
     generate.add_argument("--no-progress", action="store_true", help="show no progress bar")
     sampling = generate.add_argument_group("sampling (--seed, below, also seeds the request)")
     sampling.add_argument("--max-tokens", type=_whole, default=128, metavar="N", help="longest answer (128)")
@@ -54,13 +86,43 @@ def _number(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> None:
     flags = config_flags(arguments)
+    _check_together(arguments)
     config = load_config(arguments.config, flags).resolve()
-    for path in arguments.image:
-        if not os.path.isfile(path):
-            raise ConfigError("must be an existing file", field="image", value=path, source="--image")
     params = _sampling_params(arguments, seed=config.model.seed if "seed" in flags else None)
+    if arguments.input is not None:
+        _answer_file(arguments, config, params)
+        return
     pictures = _open_pictures(arguments.image, config)
     print(_answer(config, arguments.prompt, pictures, params, progress=not arguments.no_progress))
+
+
+def _check_together(arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` for flags that do not go together, and for files that are not there."""
+    if arguments.input is None:
+        for flag, value in (
+            ("output", arguments.output),
+            ("resume", arguments.resume),
+            ("media-root", arguments.media_root),
+        ):
+            if value:
+                raise ConfigError(f"--{flag} goes with --input, and there is none")
+        for path in arguments.image:
+            _check(os.path.isfile(path), "must be an existing file", "image", path)
+        return
+    if arguments.image:
+        raise ConfigError("--image goes with --prompt; with --input each line names its own pictures")
+    if arguments.output is None:
+        raise ConfigError("--input needs --output FILE, where the answers go")
+    _check(os.path.isfile(arguments.input), "must be an existing file", "input", arguments.input)
+    root = arguments.media_root
+    _check(root is None or os.path.isdir(root), "must be an existing directory", "media-root", root)
+    same = os.path.exists(arguments.output) and os.path.samefile(arguments.input, arguments.output)
+    _check(not same, "must be another file than --input", "output", arguments.output)
+
+
+def _check(holds: bool, problem: str, name: str, value: Any) -> None:
+    if not holds:
+        raise ConfigError(problem, field=name, value=value, source=f"--{name}")
 
 
 def _sampling_params(arguments: argparse.Namespace, *, seed: int | None) -> SamplingParams:
@@ -78,28 +140,13 @@ def _sampling_params(arguments: argparse.Namespace, *, seed: int | None) -> Samp
         raise ConfigError(str(error)) from None
 
 
+# ---- one prompt ----
+
+
 def _open_pictures(paths: list[str], config: EngineConfig) -> list[Any]:
     from dist_vlm.media import load_image
 
     return [load_image(path, max_pixels=config.vision.max_image_pixels) for path in paths]
-
-
-def _inputs(tokenizer: Any, image_token_id: int | None, prompt: str, pictures: list[Any]) -> TextPrompt:
-    """The prompt as typed where it places its pictures, else as one turn of the checkpoint's chat template."""
-    if not pictures:
-        return {"prompt": prompt}
-    if image_token_id is not None and tokenizer.convert_ids_to_tokens(image_token_id) not in prompt:
-        prompt = _chat_turn(tokenizer, prompt, len(pictures))
-    return {"prompt": prompt, "multi_modal_data": {"image": pictures}}
-
-
-def _chat_turn(tokenizer: Any, text: str, num_pictures: int) -> str:
-    if tokenizer.chat_template is None:
-        raise ValueError("the checkpoint has no chat template: mark the place of each picture in --prompt with <image>")
-    content = [{"type": "image"}] * num_pictures + [{"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
-    turn: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return turn
 
 
 def _answer(config: EngineConfig, prompt: str, pictures: list[Any], params: SamplingParams, *, progress: bool) -> str:
@@ -112,7 +159,7 @@ def _answer(config: EngineConfig, prompt: str, pictures: list[Any], params: Samp
     ) as bar:
         llm = LLM.from_config(config)
         try:
-            inputs = _inputs(llm.get_tokenizer(), config.vision.image_token_id, prompt, pictures)
+            inputs = with_pictures(llm.get_tokenizer(), config.vision.image_token_id, prompt, pictures)
             return _stream(llm, inputs, params, bar)
         finally:
             llm.shutdown()
@@ -129,3 +176,49 @@ def _stream(llm: LLM, inputs: TextPrompt, params: SamplingParams, bar: Any) -> s
         bar.update(len(answer.token_ids) - bar.n)
     bar.set_description("done")
     return text
+
+
+# ---- a file of requests ----
+
+
+def _answer_file(arguments: argparse.Namespace, config: EngineConfig, defaults: SamplingParams) -> None:
+    path = Path(arguments.input)
+    media = LocalMedia(Path(arguments.media_root or path.parent), max_pixels=config.vision.max_image_pixels)
+    # A line is at least one byte long.
+    answers = AnswerFile(arguments.output, max_index=path.stat().st_size, resume=arguments.resume)
+    with closing(answers), path.open("rb") as file:
+        if answers.num_answered:
+            answers.check_belongs_to(read_lines(file))
+            file.seek(0)
+        _work_off(config, file, answers, media, defaults, progress=not arguments.no_progress)
+
+
+def _work_off(
+    config: EngineConfig, file: Any, answers: AnswerFile, media: LocalMedia, defaults: SamplingParams, *, progress: bool
+) -> None:
+    from tqdm import tqdm
+
+    from dist_vlm import LLM
+    from dist_vlm.launch.batch import Batch
+    from dist_vlm.launch.jsonl_request import RequestMaker
+
+    with (
+        tqdm(
+            desc="starting",
+            initial=answers.num_answered,
+            unit="line",
+            file=sys.stderr,
+            disable=not progress,
+            mininterval=0.2,
+        ) as bar,
+        LLM.from_config(config) as llm,
+    ):
+        requests = RequestMaker(tokenizer=llm.get_tokenizer(), vision=config.vision, media=media, defaults=defaults)
+        batch = Batch(llm, answers, requests, bar=bar)
+        bar.set_description("answering")
+        try:
+            batch.run(read_lines(file))
+        finally:
+            bar.close()
+            failed = f", {batch.num_failed} of them with an error" if batch.num_failed else ""
+            print(f"dist-vlm: {batch.num_answered} lines answered{failed}", file=sys.stderr)

@@ -39,7 +39,9 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]
         ),
         (["config", "show", "a.yaml", "--max-num-seqs"], "argument --max-num-seqs: expected one argument"),
         (["generate", "--promt=x"], "unknown flag --promt; the nearest is --prompt"),
-        (["generate"], "the following arguments are required: --prompt"),
+        (["generate"], "one of the arguments --prompt --input is required"),
+        (["generate", "--prompt", "x", "--input", "y"], "argument --input: not allowed with argument --prompt"),
+        (["check"], "model.model is missing"),
         (["generate", "--prompt", "x", "--max-tokens", "ten"], "argument --max-tokens: 'ten': must be an integer"),
         (["generate", "--prompt", "x", "--top-p", "nan"], "argument --top-p: 'nan': must be a finite number"),
         (["generate", "--prompt", "x"], "model.model is missing"),
@@ -90,25 +92,24 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"dist-vlm {__version__}\n"
 
 
-def test_generate_and_show_take_every_field_as_a_flag() -> None:
+GENERATE = "prompt image input output resume media-root max-tokens temperature top-p top-k"
+CHECK = "ranks probes tolerance json reference-device"
+
+
+@pytest.mark.parametrize(("command", "flags"), [("generate", GENERATE), ("check", CHECK)])
+def test_a_run_takes_every_field_as_a_flag_and_its_own(command: str, flags: str) -> None:
     parser = cli.build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    generate = set(commands.choices["generate"]._option_string_actions)
-    assert {flag_of(name) for name in RULES} <= generate
-    own = {flag for flag in generate if flag.startswith("--") and not flag.startswith("--no-")}
-    assert own - {flag_of(name) for name in RULES} == {
-        "--help",
-        "--config",
-        "--prompt",
-        "--image",
-        "--max-tokens",
-        "--temperature",
-        "--top-p",
-        "--top-k",
-    }
+    found = set(commands.choices[command]._option_string_actions)
+    fields = {flag_of(name) for name in RULES}
+    assert fields <= found
+    own = {flag for flag in found if flag.startswith("--") and not flag.startswith("--no-")} - fields
+    assert own == {"--help", "--config", *(f"--{flag}" for flag in flags.split())}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["config", "show", "FILE"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["generate", "--help"], ["check", "--help"], ["config", "show", "FILE"], ["--version"]]
+)
 def test_a_look_costs_no_heavy_import(words: list[str], tiny_facts: Path, tmp_path: Path) -> None:
     file = tmp_path / "launch.yaml"
     file.write_text(f"model: {{model: {tiny_facts}}}")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +106,9 @@ def test_several_pictures_keep_their_order(llm: type[ScriptedLLM], picture: str,
         (["--max-tokens", "0"], 2, "max_tokens"),
         (["--top-p", "1.5"], 2, "top_p"),
         (["--temperature", "-1"], 2, "temperature"),
+        (["--output", "x"], 2, "--output goes with --input, and there is none"),
+        (["--resume"], 2, "--resume goes with --input, and there is none"),
+        (["--media-root", "."], 2, "--media-root goes with --input, and there is none"),
     ],
 )
 def test_a_wrong_request_is_refused_before_anything_starts(
@@ -149,7 +154,7 @@ def test_pictures_without_a_place_or_a_template_are_refused(
 ) -> None:
     words = ["--model", str(tiny_facts), "--prompt", "what?", "--image", picture, "--no-progress"]
     assert cli.main(["generate", *words]) == 1
-    assert "no chat template: mark the place of each picture in --prompt with <image>" in capsys.readouterr().err
+    assert "no chat template: mark the place of each picture in the prompt with <image>" in capsys.readouterr().err
     assert llm.made[0].closed
 
 
@@ -178,3 +183,195 @@ def _reference_answer(model: Path, picture: str, prompt: str, *, max_tokens: int
     inputs = processor(images=[Image.open(picture)], text=[prompt], return_tensors="pt")
     tokens = reference.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
     return str(processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+# ---- a file of requests ----
+
+
+class FileRun:
+    """An input beside a picture, and the command on it."""
+
+    def __init__(self, folder: Path, *lines: Any) -> None:
+        self.input, self.output = folder / "in.jsonl", folder / "out.jsonl"
+        self.input.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+
+    def words(self, model: Path, *more: str) -> list[str]:
+        return ["generate", "--model", str(model), "--input", str(self.input), "--output", str(self.output), *more]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines()]
+
+    def by_index(self) -> dict[int, dict[str, Any]]:
+        """Each line's record; fails where a line has two."""
+        records = {record["index"]: record for record in self.records()}
+        assert len(records) == len(self.records())
+        return records
+
+
+FAKE = ["--executor", "fake", "--device", "cpu", "--max-model-len", "128", "--no-progress", "--max-num-seqs", "4"]
+INLINE = ["--executor", "inline", "--device", "cpu", "--kv-cache-memory-gib", "0.01", "--threads-per-rank", "1"]
+
+
+def test_lines_of_every_form_get_the_answers_of_the_reference(
+    tiny_checkpoint: Path, picture: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    question = {"type": "text", "text": "what is this?"}
+    run = FileRun(
+        tmp_path,
+        {"prompt": "what is this?", "images": ["a.png"], "id": "turn"},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture}}, question]}]},
+        {"prompt": "USER: <image>\nwhat is this? ASSISTANT:", "images": [picture], "max_tokens": 3},
+        {"prompt": "USER: hello ASSISTANT:", "logprobs": 1},
+        {"prompt": "USER: hello ASSISTANT:", "temperature": 1, "n": 2, "seed": 5},
+        {"prompt": "hello", "images": ["../a.png"]},
+        '{"prompt": ',
+    )
+    assert cli.main(run.words(tiny_checkpoint, *INLINE, "--max-tokens", "6")) == 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "dist-vlm: 7 lines answered, 2 of them with an error" in err
+    answers = run.by_index()
+    expected = _reference_answer(tiny_checkpoint, picture, "USER: <image>\nwhat is this? ASSISTANT:", max_tokens=6)
+    assert answers[1]["id"] == "turn"
+    assert answers[2]["id"] == 2
+    assert answers[1]["text"] == answers[2]["text"] == expected
+    assert answers[3]["token_ids"] == answers[1]["token_ids"][:3]
+    assert answers[3]["finish_reason"] == "length"
+    assert answers[3]["usage"]["completion_tokens"] == 3
+    assert len(answers[4]["logprobs"]) == 6
+    assert all(str(token) in told for token, told in zip(answers[4]["token_ids"], answers[4]["logprobs"], strict=True))
+    assert [one["index"] if "index" in one else len(one["token_ids"]) for one in answers[5]["outputs"]] == [6, 6]
+    assert answers[5]["outputs"][0]["token_ids"] != answers[5]["outputs"][1]["token_ids"]
+    assert "leads out of" in answers[6]["error"]
+    assert answers[7] == {"id": 7, "index": 7, "error": "the line is not JSON: Expecting value, column 11"}
+
+
+def test_wrong_lines_fail_alone(tiny_facts: Path, tmp_path: Path, picture: str) -> None:
+    (tmp_path / "text.png").write_text("not a picture")
+    wrong = {
+        2: {"prompt": "a", "promt": "b"},
+        3: {"prompt": "a", "images": ["text.png"], "id": "bad"},
+        5: {"prompt": "a", "images": ["absent.png"]},
+        6: {"prompt": "a", "top_p": 2},
+        7: {"prompt": ""},
+        8: {"prompt": "a" * 2000},
+        9: {"prompt": "<image> <image>", "images": ["a.png"]},
+        10: {"messages": [{"role": "wizard", "content": "a"}]},
+        11: {"prompt": "a", "prompt_logprobs": 10**6},
+    }
+    lines = [wrong.get(index, {"prompt": f"line {index}"}) for index in range(1, 14)]
+    run = FileRun(tmp_path, *lines)
+    assert cli.main(run.words(tiny_facts, *FAKE, "--max-tokens", "4")) == 0
+    answers = run.by_index()
+    assert sorted(answers) == list(range(1, 14))
+    assert {index for index in answers if "error" in answers[index]} == set(wrong)
+    assert answers[3]["id"] == "bad"
+    quiet = FileRun(tmp_path, *(line for index, line in enumerate(lines, 1) if index not in wrong))
+    quiet.output = tmp_path / "quiet.jsonl"
+    assert cli.main(quiet.words(tiny_facts, *FAKE, "--max-tokens", "4")) == 0
+    told = [answers[index]["token_ids"] for index in sorted(answers) if index not in wrong]
+    assert told == [quiet.by_index()[index]["token_ids"] for index in sorted(quiet.by_index())]
+
+
+def test_ids_may_repeat_and_the_order_is_that_of_the_ends(tiny_facts: Path, tmp_path: Path) -> None:
+    run = FileRun(tmp_path, *({"prompt": "x", "id": "same", "max_tokens": 9 - 2 * index} for index in range(4)))
+    assert cli.main(run.words(tiny_facts, *FAKE)) == 0
+    assert [(record["index"], record["id"]) for record in run.records()] == [
+        (4, "same"), (3, "same"), (2, "same"), (1, "same")
+    ]  # fmt: skip
+
+
+def test_pictures_may_lie_in_a_directory_that_is_named(tiny_facts: Path, tmp_path: Path, picture: str) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    run = FileRun(folder, {"prompt": "<image>", "images": ["a.png"]}, {"prompt": "<image>", "images": ["elsewhere"]})
+    assert cli.main(run.words(tiny_facts, *FAKE, "--media-root", str(tmp_path))) == 0
+    answers = run.by_index()
+    assert answers[1]["usage"]["prompt_tokens"] >= 16
+    assert "there is no such file" in answers[2]["error"]
+
+
+def test_each_line_is_answered_once_however_often_the_run_is_killed(
+    tiny_facts: Path, tmp_path: Path, picture: str
+) -> None:
+    lines = [
+        {"prompt": f"line {index}", "max_tokens": 1 + index * 7 % 20, "id": f"n{index}"}
+        | ({"images": ["a.png"], "prompt": f"<image> {index}"} if index % 5 == 0 else {})
+        | ({"promt": "wrong"} if index % 11 == 0 else {})
+        for index in range(1, 61)
+    ]
+    whole, cut = FileRun(tmp_path, *lines), FileRun(tmp_path, *lines)
+    whole.output = tmp_path / "whole.jsonl"
+    assert cli.main(whole.words(tiny_facts, *FAKE)) == 0
+    program = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), "7", str(cut.output)]
+    done = subprocess.run(
+        [*program, *cut.words(tiny_facts, *FAKE)], capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout.splitlines()[-1])
+    assert [status for status, _ in ends] == [-9] * 5 + [0]
+    # The kills came at different moments of the work, and not after it.
+    assert len({count for _, count in ends}) >= 4
+    assert max(count for _, count in ends[:-1]) < 60
+    assert cut.by_index() == whole.by_index()
+
+
+def test_a_run_is_gone_on_with_only_where_it_belongs(
+    tiny_facts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = FileRun(tmp_path, {"prompt": "a", "id": "one"}, {"prompt": "b", "id": "two"})
+    words = run.words(tiny_facts, *FAKE)
+    assert cli.main(words) == 0
+    before = run.output.read_bytes()
+    assert cli.main(words) == 1
+    assert "exists and is not empty; --resume goes on with it" in capsys.readouterr().err
+    run.input.write_text('{"prompt": "b", "id": "two"}\n{"prompt": "a", "id": "one"}\n')
+    assert cli.main([*words, "--resume"]) == 1
+    assert "the input was changed" in capsys.readouterr().err
+    assert run.output.read_bytes() == before
+
+
+def test_lines_added_to_the_input_are_answered_by_resuming(tiny_facts: Path, tmp_path: Path) -> None:
+    run = FileRun(tmp_path, {"prompt": "a"}, {"prompt": "b", "top_p": 3})
+    words = run.words(tiny_facts, *FAKE)
+    assert cli.main(words) == 0
+    before = run.output.read_text()
+    with run.input.open("a") as file:
+        file.write('{"prompt": "c"}\n')
+    assert cli.main([*words, "--resume"]) == 0
+    assert run.output.read_text().startswith(before)
+    # A line with an error is answered; it is not tried again.
+    assert [record["index"] for record in run.records()] == [2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--input", "absent.jsonl", "--output", "x"], 2, "--input = 'absent.jsonl': must be an existing file"),
+        (["--input", "{input}"], 2, "--input needs --output FILE"),
+        (["--input", "{input}", "--output", "{input}"], 2, "must be another file than --input"),
+        (["--input", "{input}", "--output", "{input}", "--resume"], 2, "must be another file than --input"),
+        (["--input", "{input}", "--output", "x", "--image", "a.png"], 2, "--image goes with --prompt"),
+        (["--input", "{input}", "--output", "x", "--media-root", "absent"], 2, "must be an existing directory"),
+        (["--input", "{input}", "--output", "absent/x"], 1, "absent/x"),
+    ],
+)
+def test_a_wrong_use_of_files_is_refused_before_anything_starts(
+    llm: type[ScriptedLLM],
+    tiny_facts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    status: int,
+    message: str,
+) -> None:
+    content = '{"prompt": "an input without a last newline"}'
+    (tmp_path / "in.jsonl").write_text(content)
+    words = [word.format(input=tmp_path / "in.jsonl") for word in words]
+    assert cli.main(["generate", "--model", str(tiny_facts), *words]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    assert llm.made == []
+    assert (tmp_path / "in.jsonl").read_text() == content
