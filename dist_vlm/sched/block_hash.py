@@ -49,7 +49,7 @@ class BlockHasher:
 
     def _block_digest(self, parent: bytes, token_ids: Sequence[int], start: int, spans: Sequence[ImageSpan]) -> bytes:
         tokens = array("q", token_ids)
-        parts = []
+        parts: list[bytes] = []
         for span in spans:
             low, high = max(span.start, start), min(span.end, start + len(tokens))
             tokens[low - start : high - start] = array("q", [0] * (high - low))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_vlm.sched.block_pool import BlockPool, BooksError
+from dist_vlm.sched.draft import Draft, Entry, new_sequence
 from dist_vlm.sched.features import FeatureTable, overlapping
 from dist_vlm.sched.fitting import blocking_resource, check_fits
 from dist_vlm.sched.prefix_cache import PrefixCache
@@ -19,7 +20,6 @@ from dist_vlm.sched.queue import RequestQueue
 from dist_vlm.sched.request import FinishReason, Request, RequestState
 from dist_vlm.workers.plan import (
     ImageSpan,
-    NewSequence,
     PromptLogprobs,
     SampledTokens,
     Slice,
@@ -62,27 +62,6 @@ class Update:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    request: Request
-    piece: Slice
-
-
-class _Draft:
-    """The plan being made: what is left of its budgets, and its parts so far."""
-
-    def __init__(self, token_budget: int, encode_budget: int) -> None:
-        self.token_budget = token_budget
-        self.encode_budget = encode_budget
-        self.new: list[NewSequence] = []
-        self.entries: list[_Entry] = []
-        self.encode: list[str] = []
-
-    def take(self, request: Request, piece: Slice) -> None:
-        self.token_budget -= piece.count
-        self.entries.append(_Entry(request, piece))
-
-
 class Scheduler:
     """Owns the block table, the slots and the queues. By priority, and among equals first come, first served.
 
@@ -112,7 +91,7 @@ class Scheduler:
         self._leaving: list[Request] = []  # ended, but named by a plan in flight
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._to_release: list[int] = []
-        self._in_flight: deque[tuple[int, list[_Entry]]] = deque()
+        self._in_flight: deque[tuple[int, list[Entry]]] = deque()
         self._next_step_id = 0
         self._num_arrived = 0
 
@@ -152,7 +131,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next step, or None if nothing can be done before a commit or a new request."""
-        draft = _Draft(self.max_num_batched_tokens, self.max_num_batched_tokens)
+        draft = Draft(self.max_num_batched_tokens, self.max_num_batched_tokens)
         outranked = self._yield_to_priority()
         num_preemptions = self.stats.num_preemptions
         blocked = self._plan_running(draft, outranked)
@@ -176,7 +155,7 @@ class Scheduler:
             self._preempt(victim)
         return None
 
-    def _plan_running(self, draft: _Draft, outranked: Request | None) -> bool:
+    def _plan_running(self, draft: Draft, outranked: Request | None) -> bool:
         """Continues running requests in their order; true if one must wait for a commit to get blocks.
 
         Each request behind keeps a token of the budget, so that a long prompt does not stop the answers beside it.
@@ -200,7 +179,7 @@ class Scheduler:
             self._append_slice(request, count, draft)
         return False
 
-    def _plan_waiting(self, draft: _Draft) -> None:
+    def _plan_waiting(self, draft: Draft) -> None:
         passed_over = 0
         for request in self._waiting:
             if not self._free_slots or draft.token_budget == 0 or passed_over > _MAX_PASSED_OVER:
@@ -217,7 +196,7 @@ class Scheduler:
                 request.num_planned = 0
                 return
             self._start(request, cached)
-            draft.new.append(_new_sequence(request))
+            draft.new.append(new_sequence(request))
             self._append_slice(request, count, draft, cached)
 
     def _has_blocks(self, request: Request, cached: Sequence[int] | None = None) -> bool:
@@ -238,7 +217,7 @@ class Scheduler:
         request.block_ids.extend(cached)
         self.prefix_cache.begin(request, len(cached))
 
-    def _affordable(self, request: Request, draft: _Draft, token_budget: int) -> int:
+    def _affordable(self, request: Request, draft: Draft, token_budget: int) -> int:
         """How many positions of the request the budgets allow: cut before an image too many."""
         start = request.num_planned
         count = min(request.num_missing, token_budget)
@@ -248,7 +227,7 @@ class Scheduler:
                 return max(0, span.start - start)
         return count
 
-    def _can_encode(self, spans: Sequence[ImageSpan], draft: _Draft) -> bool:
+    def _can_encode(self, spans: Sequence[ImageSpan], draft: Draft) -> bool:
         rows = {span.image: span.count for span in spans if not self.features.is_resident(span.image)}
         return sum(rows.values()) <= draft.encode_budget or (len(rows) == 1 and not draft.encode) or not rows
 
@@ -264,7 +243,7 @@ class Scheduler:
                 return False
         return True
 
-    def _append_slice(self, request: Request, count: int, draft: _Draft, cached: Sequence[int] = ()) -> None:
+    def _append_slice(self, request: Request, count: int, draft: Draft, cached: Sequence[int] = ()) -> None:
         start, end = request.num_planned, request.num_planned + count
         added = self.pool.allocate(max(0, self.pool.blocks_for(end) - len(request.block_ids)))
         request.block_ids.extend(added)
@@ -280,7 +259,7 @@ class Scheduler:
         request.num_in_flight += 1
         request.num_pending += sample
 
-    def _seal(self, draft: _Draft) -> StepPlan:
+    def _seal(self, draft: Draft) -> StepPlan:
         # Decided before this plan's own needs end, so nothing it uses is dropped by it.
         drop = self.features.take_droppable()
         plan = StepPlan(
@@ -354,7 +333,7 @@ class Scheduler:
         self.stats.num_hit_tokens = self.prefix_cache.stats.num_hit_tokens
         return updates
 
-    def _fail_images(self, failures: dict[str, str], entries: list[_Entry]) -> list[Update]:
+    def _fail_images(self, failures: dict[str, str], entries: list[Entry]) -> list[Update]:
         """Ends the requests that needed an image which failed, in this step or in plans already sent after it."""
         updates = []
         for image in failures:
@@ -471,17 +450,6 @@ class Scheduler:
             raise BooksError("a request is in no queue, or in a queue and forgotten")
         if not self.has_work and (self.pool.num_held or self._leaving):
             raise BooksError(f"idle with {self.pool.num_held} blocks held")
-
-
-def _new_sequence(request: Request) -> NewSequence:
-    assert request.slot is not None
-    return NewSequence(
-        slot=request.slot,
-        token_ids=(*request.prompt_token_ids, *request.output_token_ids),
-        num_prompt_tokens=len(request.prompt_token_ids),
-        images=request.images,
-        sampling=request.sampling,
-    )
 
 
 def _untold(request: Request, logprobs: PromptLogprobs | None) -> tuple[TokenLogprobs, ...]:
