@@ -81,7 +81,7 @@ def test_a_dotted_path_is_relative_to_the_file(tmp_path: Path, given: str, found
         ),
         (
             "scheduler: {zzz: 8}",
-            "launch.yaml: scheduler.zzz = 8: unknown key; scheduler has max_num_seqs, max_num_batched_tokens",
+            "launch.yaml: scheduler.zzz = 8: unknown key; scheduler has max_num_seqs, max_num_batched_tokens, max_steps_in_flight, max_logprobs",
         ),
         (
             "paralel: {}",
@@ -238,6 +238,12 @@ FILLED = {
     "num_gpu_blocks_override": 12,
     "max_num_seqs": 3,
     "max_num_batched_tokens": 7,
+    "max_steps_in_flight": 3,
+    "max_logprobs": 5,
+    "feature_cache_tokens": 99,
+    "vision_data_parallel": False,
+    "enable_prefix_caching": False,
+    "engine_process": True,
     "tensor_parallel_size": 2,
     "executor": "fake",
     "replicas": 4,

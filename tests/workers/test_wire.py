@@ -12,6 +12,7 @@ from dist_vlm.workers.plan import (
     ImageFailure,
     ImageSpan,
     NewSequence,
+    PromptLogprobs,
     SampledTokens,
     SamplingRow,
     Slice,
@@ -19,6 +20,7 @@ from dist_vlm.workers.plan import (
     StepCounters,
     StepPlan,
     StepResult,
+    TokenLogprobs,
 )
 from dist_vlm.workers.wire import WireError, decode, encode
 
@@ -37,11 +39,16 @@ plans = st.builds(
     st.lists(keys, max_size=3).map(tuple),
     st.lists(st.tuples(ints, ints), max_size=3).map(tuple),
 )
+floats = st.floats(allow_nan=False)
+logprobs = st.lists(
+    st.builds(TokenLogprobs, floats, ints, many_ints, st.lists(floats, max_size=3).map(tuple)), max_size=3
+).map(tuple)
 results = st.builds(
     StepResult,
     ints,
     ints,
-    st.lists(st.builds(SampledTokens, ints, many_ints), max_size=3).map(tuple),
+    st.lists(st.builds(SampledTokens, ints, many_ints, logprobs), max_size=3).map(tuple),
+    st.lists(st.builds(PromptLogprobs, ints, ints, logprobs), max_size=3).map(tuple),
     st.lists(st.builds(ImageFailure, keys, keys), max_size=3).map(tuple),
     st.lists(st.builds(SlotFailure, ints, keys), max_size=3).map(tuple),
     st.builds(StepCounters, ints, ints, ints),
