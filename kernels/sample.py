@@ -36,6 +36,8 @@ from dist_vlm.kernels.upload import upload
 # Logits drawn from at once. On a CPU the temporaries of a part stay in its cache.
 _PART_LOGITS = {"cpu": 2**18}
 _PART_LOGITS_ELSEWHERE = 2**22
+# Most that is held beside each of them.
+_PART_BYTES_PER_LOGIT = 48
 _FLOAT = torch.finfo(torch.float32)
 
 
@@ -61,6 +63,11 @@ def greedy(logits: Tensor) -> Tensor:
     best = logits.amax(dim=-1, keepdim=True)
     ids = torch.arange(vocab, dtype=torch.int32, device=logits.device)
     return torch.where(logits == best, ids, vocab - 1).amin(dim=-1).to(torch.int64)
+
+
+def draw_bytes(num_rows: int, vocab: int) -> int:
+    """Upper bound of what `draw` allocates, in bytes."""
+    return _PART_BYTES_PER_LOGIT * min(num_rows * vocab, max(_PART_LOGITS_ELSEWHERE, vocab))
 
 
 def draw(logits: Tensor, rows: Sequence[DrawRow]) -> Tensor:

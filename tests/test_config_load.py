@@ -81,7 +81,8 @@ def test_a_dotted_path_is_relative_to_the_file(tmp_path: Path, given: str, found
         ),
         (
             "scheduler: {zzz: 8}",
-            "launch.yaml: scheduler.zzz = 8: unknown key; scheduler has max_num_seqs, max_num_batched_tokens, max_steps_in_flight, max_logprobs",
+            "launch.yaml: scheduler.zzz = 8: unknown key; scheduler has "
+            "max_num_seqs, max_num_batched_tokens, max_steps_in_flight, max_logprobs",
         ),
         (
             "paralel: {}",

@@ -14,7 +14,16 @@ from dist_vlm.kernels.upload import upload
 from dist_vlm.workers.logit_edits import LogitsProcessor, SampleRow, asks_edits, edit_logits
 from dist_vlm.workers.plan import TokenLogprobs
 
-__all__ = ["LogitsProcessor", "PendingLogprobs", "SampleRow", "sample_tokens", "token_logprobs"]
+__all__ = ["LogitsProcessor", "PendingLogprobs", "SampleRow", "sample_tokens", "sampling_bytes", "token_logprobs"]
+
+
+def sampling_bytes(num_rows: int, vocab: int, max_model_len: int) -> int:
+    """Upper bound of what `sample_tokens` allocates beside the logits, in bytes; `token_logprobs` stays below it.
+
+    A copy of the logits that edits change, one of those drawn from and the counts of generated tokens, 4 bytes a
+    logit each; five integers a known token for the penalties; and the draw itself.
+    """
+    return num_rows * (3 * 4 * vocab + 5 * 8 * max_model_len) + sample.draw_bytes(num_rows, vocab)
 
 
 def sample_tokens(

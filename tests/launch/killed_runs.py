@@ -1,4 +1,4 @@
-"""A program: runs `dist-vlm generate` on a file five times, killed with -9 each time at a chance moment, and then to
+"""A program: runs `dist-vlm generate` on a file four times, killed with -9 each time at a chance moment, and then to
 the end. Prints one JSON list: how each run ended, and how many whole answers there were then.
 
     python killed_runs.py SEED OUTPUT WORDS...      WORDS: of the command, without --resume
@@ -60,7 +60,7 @@ def main(seed: int, output: Path, words: list[str]) -> None:
     load_front(resolve(EngineConfig.from_fields(model=words[words.index("--model") + 1], device="cpu")))
     chance = random.Random(seed)
     # How many answers of its own each run gives before it is killed.
-    own = [0, 2, 5, 8, 13]
+    own = [0, 3, 7, 13]
     chance.shuffle(own)
     ends: list[tuple[int, int]] = []
     for count in own:

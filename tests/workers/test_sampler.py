@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 
 from dist_vlm.kernels.philox import uniform_noise
 from dist_vlm.workers.plan import SamplingRow, TokenLogprobs
-from dist_vlm.workers.sampler import SampleRow, sample_tokens, token_logprobs
+from dist_vlm.workers.sampler import SampleRow, sample_tokens, sampling_bytes, token_logprobs
 
 VOCAB, NUM_SLOTS, MAX_LEN = 67, 16, 24
 
@@ -218,3 +218,27 @@ def test_processors_run_on_a_gpu() -> None:
     logits, token_ids, rows = batch(4)
     found = sample_tokens(logits.cuda(), rows, token_ids=token_ids.cuda(), processors=PROCESSORS).tolist()
     assert found == [reference_token(logits[i : i + 1], row, token_ids) for i, row in enumerate(rows)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 16, 200])
+def test_sampling_stays_within_its_bytes(count: int) -> None:
+    vocab, length = 32003, 2048
+    logits = torch.randn(count, vocab, device="cuda")
+    token_ids = torch.randint(0, vocab, (count, length), device="cuda")
+    bound, peaks = sampling_bytes(count, vocab, length), []
+
+    def peak_of(rows: list[SampleRow]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        tokens = sample_tokens(logits, rows, token_ids=token_ids, processors={})
+        token_logprobs(logits, tokens, [20] * count)
+        return torch.cuda.max_memory_allocated() - before
+
+    options = [replace(option, processors="") for option in OPTIONS]
+    for option in options:
+        peaks.append(peak_of([SampleRow(option, i, length, 8) for i in range(count)]))
+    peaks.append(peak_of([SampleRow(options[-1 - i % len(options)], i, length, 8) for i in range(count)]))
+    assert max(peaks) <= bound
+    assert max(peaks) >= bound / 3
