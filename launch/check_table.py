@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,10 +35,15 @@ def _total(report: CheckReport) -> tuple[str, ...]:
     measured = [one for one in report.probes if one.error is None]
     if not measured:
         return "all", "", "-", "-", "0 %", "-"
-    forced = max(one.forced_difference for one in measured)
-    free = max(one.free_difference for one in measured)
+    forced = _most([one.forced_difference for one in measured])
+    free = _most([one.free_difference for one in measured])
     gap = f"gap {report.max_gap:.1e}" if any(one.divergence for one in measured) else "-"
     return "all", "", f"{forced:.1e}", f"{free:.1e}", f"{report.agreement:.1%}", gap
+
+
+def _most(values: list[float]) -> float:
+    """The highest; not a number, if one of them is."""
+    return max(values, key=lambda value: (math.isnan(value), value))
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

@@ -509,7 +509,8 @@ def test_lost_ranks_end_every_request_within_two_seconds_by_name(make: Make, eng
     llm = make(fail_steps={4: lost}) if not engine_process else make(engine_process=True)
 
     async def run() -> list[RequestOutput]:
-        answers = [asyncio.ensure_future(whole(llm.generate(f"prompt {i}", LONG))) for i in range(8)]
+        count = 200 if engine_process else 8
+        answers = [asyncio.ensure_future(whole(llm.generate(f"prompt {i}", LONG))) for i in range(count)]
         if engine_process:
             await until(lambda: llm._client.pid is not None)  # type: ignore[attr-defined]
             await anext(llm.generate("hello", LONG))
@@ -517,7 +518,9 @@ def test_lost_ranks_end_every_request_within_two_seconds_by_name(make: Make, eng
         return await asyncio.wait_for(asyncio.gather(*answers), NOTICE_S)
 
     outputs = asyncio.run(run())
-    (error,) = {output.error for output in outputs}
+    # Those that had ended before, ended well.
+    (error,) = {output.error for output in outputs} - {None}
+    assert all(tokens_of(output) == scripted(output, 100) for output in outputs if output.error is None)
     name = "engine process failed .* was ended by signal 9" if engine_process else r"step failed \(rank 1\): .* died"
     with pytest.raises(ExecutorError, match=name):
         asyncio.run(llm.check_health())

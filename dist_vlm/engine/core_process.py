@@ -29,7 +29,7 @@ from dist_vlm.executor.base import ExecutorError
 from dist_vlm.sched.scheduler import SchedulerStats
 from dist_vlm.workers import wire
 from dist_vlm.workers.failure import describe
-from dist_vlm.workers.frames import Disconnected, receive_frame, send_frame
+from dist_vlm.workers.frames import receive_frame, send_frame
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class CoreProcess:
         try:
             while True:
                 self._obey(messages.unpack(receive_frame(self._connection)))
-        except (Disconnected, ConnectionResetError):
+        except OSError:  # the front has left, or this end is closed
             pass
         except Exception:
             _log.exception("the front's messages cannot be read")
@@ -129,7 +129,7 @@ def main() -> None:
         # No process started from here may keep the socket open: its end is how the front learns of ours.
         connection.set_inheritable(False)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is the front's
-        with suppress(Disconnected, ConnectionResetError):
+        with suppress(OSError):
             CoreProcess(connection).run()
     with suppress(OSError):
         os.rmdir(sys.argv[2])  # the front may be gone
