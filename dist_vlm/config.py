@@ -180,8 +180,8 @@ class ParallelConfig:
     kernels: str = option(
         "str",
         "auto",
-        help="implementation of the ops (auto: torch)",
-        choices=("auto", "reference", "torch"),
+        help="implementation of the ops (auto: cpp on a CPU with a compiler, else torch)",
+        choices=("auto", "reference", "torch", "cpp"),
     )
     share_gpu: bool = option("bool", False, help="let several ranks use one GPU, to test the multi-rank path")
 

@@ -6,16 +6,20 @@ Imports no torch: a configuration can be shown and checked in a fraction of a se
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.config import RULES, CacheConfig, ConfigError, EngineConfig, ModelConfig, ParallelConfig, VisionConfig
+from dist_vlm.kernels.compiler import find_compiler
 from dist_vlm.machine import nvidia_gpu_seen, usable_cores
 from dist_vlm.workers.models import CheckpointError, read_spec
 
 if TYPE_CHECKING:
     from dist_vlm.workers.models import ModelSpec
+
+_log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_GIB = 1.0
 
@@ -52,8 +56,19 @@ def resolved_parallel(parallel: ParallelConfig) -> ParallelConfig:
     if device == "cpu" and threads is None:
         replicas_per_node = -(-parallel.replicas // parallel.num_nodes)
         threads = max(1, usable_cores() // (parallel.tensor_parallel_size * replicas_per_node))
-    kernels = "torch" if parallel.kernels == "auto" else parallel.kernels
+    kernels = _auto_kernels(device) if parallel.kernels == "auto" else parallel.kernels
+    if kernels == "cpp" and device != "cpu":
+        raise ConfigError("must be auto, reference or torch on a GPU", field="parallel.kernels", value=kernels)
     return dataclasses.replace(parallel, device=device, threads_per_rank=threads, kernels=kernels)
+
+
+def _auto_kernels(device: str) -> str:
+    if device != "cpu":
+        return "torch"
+    if find_compiler() is not None:
+        return "cpp"
+    _log.warning("no C++ compiler is found: the ops run in torch, slower (install g++, or set kernels: torch)")
+    return "torch"
 
 
 def _read_spec(path: str) -> ModelSpec:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vlm.kernels import paged_attention, reduce_add_norm, rotary, silu_mul, write_kv
+from dist_vlm.kernels import cpp_library, paged_attention, reduce_add_norm, rotary, silu_mul, write_kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,31 @@ IMPLEMENTATIONS = {
         reduce_add_norm=reduce_add_norm.reduce_add_norm_torch,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
+    "cpp": OpSet(
+        plan_attention=paged_attention.plan_attention_cpp,
+        paged_attention=paged_attention.paged_attention_cpp,
+        write_kv=write_kv.write_kv_cpp,
+        apply_rotary=rotary.apply_rotary_cpp,
+        silu_mul=silu_mul.silu_mul_cpp,
+        reduce_add_norm=reduce_add_norm.reduce_add_norm_cpp,
+        workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
+    ),
 }
 DEVICES = ("cpu", "cuda")
 
 
 def choose(name: str, device: torch.device | str) -> OpSet:
-    """The ops a rank runs on a CPU or a GPU ("cuda"); `ValueError` for a name or device that has none."""
+    """The ops a rank runs on a CPU or a GPU ("cuda"); `ValueError` for a name or device that has none.
+
+    Compiles the C++ ops where they are named and not yet compiled: `CompileError` where that cannot be done.
+    """
     kind = torch.device(device).type
     if kind not in DEVICES:
         raise ValueError(f"device is {kind!r}, must be one of {', '.join(DEVICES)}")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"kernels is {name!r}, must be one of {', '.join(IMPLEMENTATIONS)}")
+    if name == "cpp":
+        if kind != "cpu":
+            raise ValueError(f"kernels is 'cpp' on device {kind!r}, must be one of reference, torch there")
+        cpp_library.library()
     return IMPLEMENTATIONS[name]

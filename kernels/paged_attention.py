@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from dist_vlm.kernels import cpp_library
 from dist_vlm.kernels.checks import check_dense, check_dtype, check_rows, check_shape
 
 # Most bytes of keys and values that one gather of decoding sequences copies, unless one sequence alone has more.
@@ -163,11 +164,15 @@ def plan_attention_torch(
         if end - start == 1:
             singles.append((context, start, sequence))
         elif end > start:
-            blocks = block_tables[sequence, : _ceil_div(context, block_size)]
-            prefills.append(PrefillPart(start, end, context, blocks, _causal_mask(end - start, context, blocks.device)))
+            prefills.append(_prefill_part(start, end, context, block_tables[sequence], block_size))
     parts = _split_singles(sorted(singles), GATHER_BYTES // position_bytes)
     decodes = tuple(_decode_part(part, block_tables, block_size) for part in parts)
     return TorchPlan(tuple(prefills), decodes, block_size, bounds[-1][1] if bounds else 0)
+
+
+def _prefill_part(start: int, end: int, context: int, table: Tensor, block_size: int) -> PrefillPart:
+    blocks = table[: _ceil_div(context, block_size)]
+    return PrefillPart(start, end, context, blocks, _causal_mask(end - start, context, blocks.device))
 
 
 def _ceil_div(value: int, divisor: int) -> int:
@@ -250,3 +255,78 @@ def _attend_decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, part: Deco
         scale=scale,
     )
     return attended.reshape(num_seqs, -1, head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class CppPlan:
+    """tokens, sequences, contexts: int64 [N], the sequences with one token, the longest first. block_tables: int64
+    [S, blocks], dense. blocks: the range that the block ids of those sequences lie in."""
+
+    prefills: tuple[PrefillPart, ...]
+    tokens: Tensor
+    sequences: Tensor
+    contexts: Tensor
+    block_tables: Tensor
+    blocks: range
+    block_size: int
+    num_tokens: int
+
+
+def plan_attention_cpp(
+    query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, *, block_size: int, position_bytes: int
+) -> CppPlan:
+    """Prepares the arguments that every layer shares."""
+    del position_bytes
+    check_batch(query_starts, context_lens, block_tables, block_size)
+    bounds = sequence_bounds(query_starts, context_lens, block_tables.shape[1] * block_size)
+    prefills, singles = [], []
+    for sequence, (start, end, context) in enumerate(bounds):
+        if end - start == 1:
+            singles.append((context, start, sequence))
+        elif end > start:
+            prefills.append(_prefill_part(start, end, context, block_tables[sequence], block_size))
+    singles.sort(reverse=True)
+    contexts, tokens, sequences = torch.tensor(singles, dtype=torch.int64).view(-1, 3).T.contiguous()
+    used = torch.arange(block_tables.shape[1]) * block_size < contexts.unsqueeze(1)
+    ids = block_tables[sequences][used]
+    return CppPlan(
+        prefills=tuple(prefills),
+        tokens=tokens,
+        sequences=sequences,
+        contexts=contexts,
+        block_tables=block_tables.contiguous(),
+        blocks=range(int(ids.min()), int(ids.max()) + 1) if ids.shape[0] else range(0),
+        block_size=block_size,
+        num_tokens=bounds[-1][1] if bounds else 0,
+    )
+
+
+def paged_attention_cpp(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: CppPlan, *, scale: float) -> Tensor:
+    """One scaled_dot_product_attention a prefilling sequence; decoding ones read the cache where it lies."""
+    check_inputs(q, key_cache, value_cache, num_tokens=plan.num_tokens, block_size=plan.block_size)
+    if plan.blocks.start < 0 or plan.blocks.stop > key_cache.shape[0]:
+        raise IndexError(f"paged_attention: block ids {plan.blocks} are not all inside {key_cache.shape[0]} blocks")
+    out = torch.empty(q.shape, dtype=q.dtype)
+    for prefill in plan.prefills:
+        out[prefill.start : prefill.end] = _attend_prefill(q, key_cache, value_cache, prefill, scale)
+    if plan.tokens.shape[0]:
+        cpp_library.function("decode", q.dtype)(
+            q.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            out.data_ptr(),
+            plan.tokens.data_ptr(),
+            plan.sequences.data_ptr(),
+            plan.contexts.data_ptr(),
+            plan.block_tables.data_ptr(),
+            plan.tokens.shape[0],
+            q.shape[2],
+            q.shape[1],
+            key_cache.shape[2],
+            plan.block_size,
+            plan.block_tables.stride(0),
+            q.stride(0),
+            q.stride(1),
+            scale,
+        )
+    return out

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dist_vlm.kernels import cpp_library
 from dist_vlm.kernels.checks import check_dense, check_dtype, check_shape
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -59,3 +60,22 @@ def reduce_add_norm_torch(
     exact = summed.to(torch.float32)
     scale = exact.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
     return weight * (exact * scale).to(summed.dtype), summed
+
+
+def reduce_add_norm_cpp(
+    partial: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, all_reduce: AllReduce
+) -> tuple[Tensor, Tensor]:
+    """Sum, norm and weight of a row in one pass over it; s takes the place of the partial sum."""
+    check_inputs(partial, residual, weight)
+    summed = all_reduce(partial)
+    normed = torch.empty_like(summed)
+    old = None if residual is None else residual.contiguous()
+    cpp_library.function("add_norm", summed.dtype)(
+        summed.data_ptr(),
+        None if old is None else old.data_ptr(),
+        weight.contiguous().data_ptr(),
+        normed.data_ptr(),
+        *summed.shape,
+        eps,
+    )
+    return normed, summed

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dist_vlm.kernels import cpp_library
 from dist_vlm.kernels.checks import check_dtype, check_shape
 
 
@@ -61,3 +62,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = rotated.chunk(2, dim=-1)
     turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+
+def apply_rotary_cpp(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns rotated copies of q and k, computed in float32 and rounded once."""
+    check_inputs(q, k, cos, sin)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    rotate = cpp_library.function("rotary", q.dtype)
+    turned = []
+    for x in (q, k):
+        x = x if x.stride(2) == 1 else x.contiguous()
+        out = torch.empty(x.shape, dtype=x.dtype)
+        addresses = (x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr())
+        rotate(*addresses, *x.shape, cos.shape[1], x.stride(0), x.stride(1))
+        turned.append(out)
+    return turned[0], turned[1]

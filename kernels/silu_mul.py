@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from dist_vlm.kernels import cpp_library
 from dist_vlm.kernels.checks import check_rows, check_shape
 
 
@@ -32,3 +33,12 @@ def silu_mul_torch(gate_up: Tensor) -> Tensor:
     check_inputs(gate_up)
     gate, up = gate_up.chunk(2, dim=1)
     return F.silu(gate).mul_(up)
+
+
+def silu_mul_cpp(gate_up: Tensor) -> Tensor:
+    """Computed in float32 and rounded once."""
+    check_inputs(gate_up)
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty((rows, size))
+    cpp_library.function("silu_mul", gate_up.dtype)(gate_up.data_ptr(), out.data_ptr(), rows, size, gate_up.stride(0))
+    return out

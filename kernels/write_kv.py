@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dist_vlm.kernels import cpp_library
 from dist_vlm.kernels.checks import check_dense, check_dtype, check_shape
 
 
@@ -45,3 +46,29 @@ def write_kv_torch(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: T
     check_inputs(key, value, key_cache, value_cache, slot_mapping)
     key_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
     value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+
+def write_kv_cpp(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """A slot outside the cache raises `IndexError`, and nothing is written."""
+    check_inputs(key, value, key_cache, value_cache, slot_mapping)
+    key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (key, value))
+    slot_mapping = slot_mapping.contiguous()
+    num_tokens, heads, head_dim = key.shape
+    num_slots, item = key_cache.shape[0] * key_cache.shape[1], key.element_size()
+    wrong = cpp_library.library().write_rows(
+        key.data_ptr(),
+        value.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        num_tokens,
+        num_slots,
+        heads,
+        head_dim * item,
+        key.stride(0) * item,
+        key.stride(1) * item,
+        value.stride(0) * item,
+        value.stride(1) * item,
+    )
+    if wrong >= 0:
+        raise IndexError(f"write_kv: slot {int(slot_mapping[wrong])} of token {wrong} is outside the cache")

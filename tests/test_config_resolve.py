@@ -22,7 +22,8 @@ def config_for(folder: Path, **values: Any) -> EngineConfig:
     return EngineConfig.from_fields(model=str(folder), **values)
 
 
-def test_every_auto_is_decided_from_the_checkpoint(tiny_facts: Path) -> None:
+def test_every_auto_is_decided_from_the_checkpoint(tiny_facts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist_vlm.config_resolve, "find_compiler", lambda: "/usr/bin/g++")
     before = config_for(tiny_facts, tensor_parallel_size=2)
     after = resolve(before)
     assert after.model.dtype == "float32"
@@ -31,11 +32,24 @@ def test_every_auto_is_decided_from_the_checkpoint(tiny_facts: Path) -> None:
     assert after.model.tokenizer == after.vision.image_processor == str(tiny_facts)
     assert (after.vision.image_token_id, after.vision.image_feature_size) == (32000, 16)
     assert after.vision.image_input_shape == (1, 3, 56, 56)
-    assert (after.parallel.device, after.parallel.threads_per_rank, after.parallel.kernels) == ("cpu", 4, "torch")
+    assert (after.parallel.device, after.parallel.threads_per_rank, after.parallel.kernels) == ("cpu", 4, "cpp")
     assert after.cache.kv_cache_memory_gib == 1.0
     assert "auto" not in after.fields().values()
     assert before == config_for(tiny_facts, tensor_parallel_size=2)
     assert resolve(after) == after
+
+
+def test_without_a_compiler_the_ops_run_in_torch_and_the_log_says_so(
+    tiny_facts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dist_vlm.config_resolve, "find_compiler", lambda: None)
+    assert resolve(config_for(tiny_facts)).parallel.kernels == "torch"
+    assert "no C++ compiler is found" in caplog.text
+
+
+def test_compiled_kernels_are_refused_on_a_gpu(tiny_facts: Path) -> None:
+    with pytest.raises(ValueError, match="must be auto, reference or torch on a GPU"):
+        resolve(config_for(tiny_facts, device="cuda", kernels="cpp"))
 
 
 def test_what_is_given_stays(tiny_facts: Path) -> None:

@@ -47,7 +47,7 @@ def rank_config(config: EngineConfig, spec: ModelSpec) -> RankConfig:
         gpu_memory_utilization=config.cache.gpu_memory_utilization,
         kv_cache_bytes=_kv_cache_bytes(config, spec),
         num_threads=_num_threads(config),
-        kernels="torch" if parallel.kernels == "auto" else parallel.kernels,
+        kernels=parallel.kernels,
         share_gpu=parallel.share_gpu,
         seed=config.model.seed,
         feature_cache_tokens=feature_budget(config, spec).capacity_rows,

@@ -24,7 +24,8 @@ def test_every_op_is_of_the_implementation_named(name) -> None:
 @pytest.mark.parametrize(
     ("name", "device", "message"),
     [
-        ("tritn", "cpu", "kernels is 'tritn', must be one of reference, torch"),
+        ("tritn", "cpu", "kernels is 'tritn', must be one of reference, torch, cpp"),
+        ("cpp", "cuda", "kernels is 'cpp' on device 'cuda', must be one of reference, torch there"),
         ("torch", "meta", "device is 'meta', must be one of cpu, cuda"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The batched implementation against the float32 reference, and the reference against a plain softmax."""
+"""The batched implementations against the float32 reference, and the reference against a plain softmax."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import torch
 
 from dist_vlm.kernels import paged_attention as op
 from dist_vlm.kernels.paged_attention import (
+    paged_attention_cpp,
     paged_attention_reference,
     paged_attention_torch,
+    plan_attention_cpp,
     plan_attention_reference,
     plan_attention_torch,
 )
 
+BATCHED = ((plan_attention_torch, paged_attention_torch), (plan_attention_cpp, paged_attention_cpp))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -46,9 +49,10 @@ def run(plan_function, function, case, *, block_size, scale=0.2):
 def compare(sequences, *, block_size=8, **options) -> None:
     case = make_case(sequences, block_size=block_size, **options)
     expected = run(plan_attention_reference, paged_attention_reference, case, block_size=block_size)
-    actual = run(plan_attention_torch, paged_attention_torch, case, block_size=block_size)
     tolerance = TOLERANCE[case[0].dtype]
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    for functions in BATCHED:
+        actual = run(*functions, case, block_size=block_size)
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 BATCHES = {
@@ -106,17 +110,18 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
     batch = (torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64))
     for plan_function, function in (
         (plan_attention_reference, paged_attention_reference),
-        (plan_attention_torch, paged_attention_torch),
+        *BATCHED,
     ):
         assert run(plan_function, function, (q[:0], keys, values, batch), block_size=8).shape == (0, 4, 32)
 
 
-def test_strided_queries() -> None:
+@pytest.mark.parametrize("functions", BATCHED)
+def test_strided_queries(functions) -> None:
     q, keys, values, batch = make_case(BATCHES["mixed"])
     fused = torch.randn(q.shape[0], 9, q.shape[2])
     fused[:, 2:6] = q
-    out = run(plan_attention_torch, paged_attention_torch, (fused[:, 2:6], keys, values, batch), block_size=8)
-    expected = run(plan_attention_torch, paged_attention_torch, (q, keys, values, batch), block_size=8)
+    out = run(*functions, (fused[:, 2:6], keys, values, batch), block_size=8)
+    expected = run(*functions, (q, keys, values, batch), block_size=8)
     assert torch.equal(out, expected)
 
 
@@ -145,7 +150,7 @@ def test_large_decode_batches_are_cut_to_the_budget(monkeypatch) -> None:
         ({"values": torch.zeros(5, 8, 2, 32)}, ValueError, "value_cache has shape"),
     ],
 )
-@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("implementation", ["reference", "torch", "cpp"])
 def test_wrong_arguments_are_named(change, error, message, implementation) -> None:
     arguments = {"q": torch.zeros(2, 4, 32), "keys": torch.zeros(4, 8, 2, 32), "values": torch.zeros(4, 8, 2, 32)}
     arguments |= change
@@ -156,11 +161,26 @@ def test_wrong_arguments_are_named(change, error, message, implementation) -> No
         function(arguments["q"], arguments["keys"], arguments["values"], plan, scale=1.0)
 
 
+@pytest.mark.parametrize("functions", BATCHED)
+@pytest.mark.parametrize("block", [-1, 7])
+def test_a_block_outside_the_cache_is_an_error(functions, block) -> None:
+    q, keys, values, (starts, contexts, tables) = make_case([(1, 9), (1, 20)])
+    keys, values, tables[1, 2] = keys[:7], values[:7], block
+    tables[tables > 7] = 0
+    with pytest.raises(IndexError):
+        run(*functions, (q, keys, values, (starts, contexts, tables)), block_size=8)
+
+
+def test_a_long_batch_is_shared_out_over_threads() -> None:
+    compare([(1, 700), (1, 3), (1, 1500), (1, 64)], heads=8, kv_heads=2, head_dim=64, block_size=16)
+
+
 @pytest.mark.parametrize(
     ("starts", "contexts", "message"),
     [([0, 3], [2], "sequence 0 has tokens"), ([0, 2], [9], "sequence 0 has tokens"), ([0, 2, 1], [2, 2], "sequence 1")],
 )
-def test_contradicting_bounds_are_refused(starts, contexts, message) -> None:
+@pytest.mark.parametrize("plan_function", [plan_attention_torch, plan_attention_cpp])
+def test_contradicting_bounds_are_refused(starts, contexts, message, plan_function) -> None:
     tables = torch.ones(len(contexts), 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
-        plan_attention_torch(torch.tensor(starts), torch.tensor(contexts), tables, block_size=8, position_bytes=64)
+        plan_function(torch.tensor(starts), torch.tensor(contexts), tables, block_size=8, position_bytes=64)

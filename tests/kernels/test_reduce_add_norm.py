@@ -4,7 +4,11 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dist_vlm.kernels.reduce_add_norm import reduce_add_norm_reference, reduce_add_norm_torch
+from dist_vlm.kernels.reduce_add_norm import (
+    reduce_add_norm_cpp,
+    reduce_add_norm_reference,
+    reduce_add_norm_torch,
+)
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 EPS = 1e-5
@@ -26,13 +30,14 @@ def copies(case):
     return [None if tensor is None else tensor.clone() for tensor in case]
 
 
+@pytest.mark.parametrize("function", [reduce_add_norm_torch, reduce_add_norm_cpp])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize(("num_tokens", "hidden"), [(0, 16), (1, 1), (3, 769), (2, 5125), (33, 64)])
-def test_equals_the_reference(num_tokens, hidden, residual, dtype) -> None:
+@pytest.mark.parametrize(("num_tokens", "hidden"), [(0, 16), (1, 1), (3, 769), (2, 5125), (33, 64), (9, 4097)])
+def test_equals_the_reference(num_tokens, hidden, residual, dtype, function) -> None:
     case = make_case(num_tokens, hidden, dtype=dtype, residual=residual)
     expected = reduce_add_norm_reference(*copies(case), eps=EPS, all_reduce=identity)
-    actual = reduce_add_norm_torch(*copies(case), eps=EPS, all_reduce=identity)
+    actual = function(*copies(case), eps=EPS, all_reduce=identity)
     torch.testing.assert_close(actual[0], expected[0], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert torch.equal(actual[1], expected[1])
 
@@ -50,7 +55,7 @@ def test_rounds_as_the_module_of_transformers(dtype) -> None:
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("function", [reduce_add_norm_reference, reduce_add_norm_torch])
+@pytest.mark.parametrize("function", [reduce_add_norm_reference, reduce_add_norm_torch, reduce_add_norm_cpp])
 def test_the_sum_over_ranks_goes_through_the_callable_once(function) -> None:
     partial, residual, weight = make_case(4, 12)
     calls = []
@@ -64,7 +69,7 @@ def test_the_sum_over_ranks_goes_through_the_callable_once(function) -> None:
     assert calls == [(4, 12)]
 
 
-@pytest.mark.parametrize("function", [reduce_add_norm_reference, reduce_add_norm_torch])
+@pytest.mark.parametrize("function", [reduce_add_norm_reference, reduce_add_norm_torch, reduce_add_norm_cpp])
 @pytest.mark.parametrize(
     ("index", "value", "error", "message"),
     [

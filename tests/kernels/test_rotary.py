@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_vlm.kernels.rotary import apply_rotary_reference, apply_rotary_torch
+from dist_vlm.kernels.rotary import apply_rotary_cpp, apply_rotary_reference, apply_rotary_torch
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 
@@ -16,11 +16,14 @@ def make_case(num_tokens, *, heads=3, kv_heads=1, head_dim=24, rotary_dim=None, 
     return q, k, angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+@pytest.mark.parametrize("function", [apply_rotary_torch, apply_rotary_cpp])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("num_tokens", "head_dim", "rotary_dim"), [(0, 24, 24), (1, 2, 2), (7, 256, 256), (5, 40, 12)])
-def test_equals_the_reference(num_tokens, head_dim, rotary_dim, dtype) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "head_dim", "rotary_dim"), [(0, 24, 24), (1, 2, 2), (7, 256, 256), (5, 40, 12), (90, 64, 64)]
+)
+def test_equals_the_reference(num_tokens, head_dim, rotary_dim, dtype, function) -> None:
     case = make_case(num_tokens, head_dim=head_dim, rotary_dim=rotary_dim, dtype=dtype)
-    for actual, expected in zip(apply_rotary_torch(*case), apply_rotary_reference(*case), strict=True):
+    for actual, expected in zip(function(*case), apply_rotary_reference(*case), strict=True):
         torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
@@ -34,17 +37,18 @@ def test_reference_turns_pairs_as_complex_numbers() -> None:
     torch.testing.assert_close(turned, torch.cat((pairs.real, pairs.imag), dim=-1))
 
 
-def test_strided_views_of_a_fused_projection() -> None:
+@pytest.mark.parametrize("function", [apply_rotary_torch, apply_rotary_cpp])
+def test_strided_views_of_a_fused_projection(function) -> None:
     q, k, cos, sin = make_case(5, heads=4, kv_heads=2, head_dim=8)
     fused = torch.cat((q, k, k), dim=1)
     views = fused.split([4, 2, 2], dim=1)
-    expected = apply_rotary_torch(q, k, cos, sin)
-    actual = apply_rotary_torch(views[0], views[1], cos, sin)
+    expected = function(q, k, cos, sin)
+    actual = function(views[0], views[1], cos, sin)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     assert torch.equal(fused, torch.cat((q, k, k), dim=1))  # copies were returned
 
 
-@pytest.mark.parametrize("function", [apply_rotary_reference, apply_rotary_torch])
+@pytest.mark.parametrize("function", [apply_rotary_reference, apply_rotary_torch, apply_rotary_cpp])
 @pytest.mark.parametrize(
     ("index", "value", "error", "message"),
     [

@@ -3,17 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_vlm.kernels.silu_mul import silu_mul_reference, silu_mul_torch
+from dist_vlm.kernels.silu_mul import silu_mul_cpp, silu_mul_reference, silu_mul_torch
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
+@pytest.mark.parametrize("function", [silu_mul_torch, silu_mul_cpp])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("num_tokens", "size"), [(0, 8), (1, 1), (3, 769), (17, 40)])
-def test_equals_the_reference(num_tokens, size, dtype) -> None:
+@pytest.mark.parametrize(("num_tokens", "size"), [(0, 8), (1, 1), (3, 769), (17, 40), (25, 1000)])
+def test_equals_the_reference(num_tokens, size, dtype, function) -> None:
     gate_up = (4 * torch.randn(num_tokens, 2 * size, generator=torch.Generator().manual_seed(1))).to(dtype)
     before = gate_up.clone()
-    actual, expected = silu_mul_torch(gate_up), silu_mul_reference(gate_up)
+    actual, expected = function(gate_up), silu_mul_reference(gate_up)
     torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert torch.equal(gate_up, before)
 
@@ -23,12 +24,19 @@ def test_reference_at_known_points() -> None:
     torch.testing.assert_close(out, torch.tensor([[0.0, 2.0 / (1.0 + 2.718281828**-1)]]))
 
 
-def test_strided_rows() -> None:
+@pytest.mark.parametrize("function", [silu_mul_torch, silu_mul_cpp])
+def test_strided_rows(function) -> None:
     wide = torch.randn(6, 20)
-    assert torch.equal(silu_mul_torch(wide[::2, 2:10]), silu_mul_torch(wide[::2, 2:10].contiguous()))
+    assert torch.equal(function(wide[::2, 2:10]), function(wide[::2, 2:10].contiguous()))
 
 
-@pytest.mark.parametrize("function", [silu_mul_reference, silu_mul_torch])
+def test_extreme_gates_of_the_compiled_kernel() -> None:
+    gates = torch.tensor([-1e30, -200.0, -88.5, -20.0, 0.0, 20.0, 88.5, 200.0, 1e30, torch.inf, torch.nan])
+    gate_up = torch.cat((gates, torch.ones(11))).unsqueeze(0)
+    torch.testing.assert_close(silu_mul_cpp(gate_up), silu_mul_reference(gate_up), equal_nan=True, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("function", [silu_mul_reference, silu_mul_torch, silu_mul_cpp])
 @pytest.mark.parametrize(
     ("gate_up", "message"),
     [

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_vlm.kernels.write_kv import write_kv_reference, write_kv_torch
+from dist_vlm.kernels.write_kv import write_kv_cpp, write_kv_reference, write_kv_torch
 
 
 def make_case(num_tokens, *, block_size=8, kv_heads=3, head_dim=24, dtype=torch.float32):
@@ -14,11 +14,12 @@ def make_case(num_tokens, *, block_size=8, kv_heads=3, head_dim=24, dtype=torch.
     return key, value, caches[0].clone(), caches[1].clone(), slots
 
 
+@pytest.mark.parametrize("function", [write_kv_torch, write_kv_cpp])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_tokens", "block_size"), [(0, 8), (1, 8), (13, 16), (70, 8), (31, 32)])
-def test_equals_the_reference_bit_for_bit(num_tokens, block_size, dtype) -> None:
+@pytest.mark.parametrize(("num_tokens", "block_size"), [(0, 8), (1, 8), (13, 16), (70, 8), (31, 32), (280, 32)])
+def test_equals_the_reference_bit_for_bit(num_tokens, block_size, dtype, function) -> None:
     case, twin = (make_case(num_tokens, block_size=block_size, dtype=dtype) for _ in range(2))
-    write_kv_torch(*case)
+    function(*case)
     write_kv_reference(*twin)
     assert torch.equal(case[2], twin[2])
     assert torch.equal(case[3], twin[3])
@@ -34,16 +35,17 @@ def test_reference_writes_the_slots_and_nothing_else() -> None:
     assert torch.equal(keys, before)
 
 
-def test_strided_keys_of_a_fused_projection() -> None:
+@pytest.mark.parametrize("function", [write_kv_torch, write_kv_cpp])
+def test_strided_keys_of_a_fused_projection(function) -> None:
     key, value, keys, values, slots = make_case(6)
     fused = torch.cat((torch.zeros(6, 2, 24), key, value), dim=1)
     _, key_view, value_view = fused.split([2, 3, 3], dim=1)
-    write_kv_torch(key_view, value_view, keys, values, slots)
+    function(key_view, value_view, keys, values, slots)
     assert torch.equal(keys.flatten(0, 1)[slots], key)
     assert torch.equal(values.flatten(0, 1)[slots], value)
 
 
-@pytest.mark.parametrize("function", [write_kv_reference, write_kv_torch])
+@pytest.mark.parametrize("function", [write_kv_reference, write_kv_torch, write_kv_cpp])
 @pytest.mark.parametrize("slot", [72, -1000])
 def test_a_slot_outside_the_cache_is_an_error(function, slot) -> None:
     key, value, keys, values, _ = make_case(1)
@@ -51,7 +53,7 @@ def test_a_slot_outside_the_cache_is_an_error(function, slot) -> None:
         function(key, value, keys, values, torch.tensor([slot]))
 
 
-@pytest.mark.parametrize("function", [write_kv_reference, write_kv_torch])
+@pytest.mark.parametrize("function", [write_kv_reference, write_kv_torch, write_kv_cpp])
 @pytest.mark.parametrize(
     ("index", "value", "error", "message"),
     [

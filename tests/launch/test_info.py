@@ -17,7 +17,7 @@ def test_the_facts_are_those_of_this_machine(capsys: pytest.CaptureFixture[str])
     assert facts["packages"]["ray"] == version("ray")
     assert facts["cores"] == usable_cores()
     assert facts["torch_cuda_devices"] == torch.cuda.device_count()
-    assert set(facts["kernels"]) == {"reference", "torch"}
+    assert set(facts["kernels"]) == {"reference", "torch", "cpp"}
     assert "paged_attention" in facts["kernels"]["reference"]
 
 

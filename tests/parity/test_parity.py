@@ -97,7 +97,7 @@ def test_the_pairwise_part_holds_every_pair() -> None:
         assert len(seen) == len(AXES[first]) * len(AXES[second])
 
 
-@pytest.mark.parametrize(("executor", "kernels"), [("inline", "torch"), ("inline", "reference")])
+@pytest.mark.parametrize(("executor", "kernels"), [("inline", "torch"), ("inline", "reference"), ("inline", "cpp")])
 def test_one_process_and_reference_ops_give_the_same_tokens(
     executor: str, kernels: str, ranks: Ranks, tiny_checkpoint: Path
 ) -> None:
