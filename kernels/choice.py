@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vlm.kernels import cpp_library, paged_attention, reduce_add_norm, rotary, silu_mul, write_kv
+from dist_vlm.kernels import cpp_library, paged_attention, quick_gelu, reduce_add_norm, rotary, silu_mul, write_kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class OpSet:
     write_kv: Callable[..., None]
     apply_rotary: Callable[..., tuple[Tensor, Tensor]]
     silu_mul: Callable[..., Tensor]
+    quick_gelu: Callable[[Tensor], Tensor]
     reduce_add_norm: Callable[..., tuple[Tensor, Tensor]]
     workspace_bytes: int
 
@@ -43,6 +44,7 @@ IMPLEMENTATIONS = {
         write_kv=write_kv.write_kv_reference,
         apply_rotary=rotary.apply_rotary_reference,
         silu_mul=silu_mul.silu_mul_reference,
+        quick_gelu=quick_gelu.quick_gelu_reference,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_reference,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
@@ -52,6 +54,7 @@ IMPLEMENTATIONS = {
         write_kv=write_kv.write_kv_torch,
         apply_rotary=rotary.apply_rotary_torch,
         silu_mul=silu_mul.silu_mul_torch,
+        quick_gelu=quick_gelu.quick_gelu_torch,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_torch,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
@@ -61,6 +64,7 @@ IMPLEMENTATIONS = {
         write_kv=write_kv.write_kv_cpp,
         apply_rotary=rotary.apply_rotary_cpp,
         silu_mul=silu_mul.silu_mul_cpp,
+        quick_gelu=quick_gelu.quick_gelu_cpp,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_cpp,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),

@@ -65,7 +65,7 @@ class Runner:
         self.language = self.family.build_language(
             self.spec, comm=self.comm, ops=self.ops, dtype=self.dtype, device=self.device
         )
-        self.vision = self.family.build_vision(self.spec, dtype=self.dtype, device=self.device)
+        self.vision = self.family.build_vision(self.spec, ops=self.ops, dtype=self.dtype, device=self.device)
         with open_weights(self.config, self.spec) as source:
             self.family.load_language(self.language, self.spec, source)
             self.family.load_vision(self.vision, self.spec, source)

@@ -80,7 +80,7 @@ class ModelFamily(ABC):
         """An uninitialised shard for `comm.rank` of `comm.world_size`. Its parameters are allocated, not filled."""
 
     @abstractmethod
-    def build_vision(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> VisionModel:
+    def build_vision(self, spec: ModelSpec, *, ops: OpSet, dtype: torch.dtype, device: torch.device) -> VisionModel:
         """An uninitialised vision encoder and projector."""
 
     @abstractmethod

@@ -37,12 +37,12 @@ class LlavaFamily(ModelFamily):
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{spec.path}/config.json: {error}") from error
 
-    def build_vision(self, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> VisionModel:
+    def build_vision(self, spec: ModelSpec, *, ops: OpSet, dtype: torch.dtype, device: torch.device) -> VisionModel:
         from dist_vlm.workers.models.llava.vision import ClipVisionModel
 
         facts = llava_config.read_facts(spec.path).vision
         config = llava_config.transformers_config(spec.path)
-        return ClipVisionModel(facts, config, dtype=dtype, device=device)
+        return ClipVisionModel(facts, config, ops=ops, dtype=dtype, device=device)
 
     def load_language(self, model: LanguageModel, spec: ModelSpec, source: WeightSource) -> None:
         from dist_vlm.workers.models.llava.loading import load_language
@@ -50,9 +50,11 @@ class LlavaFamily(ModelFamily):
         load_language(model.module, llava_config.read_facts(spec.path).text, source)
 
     def load_vision(self, model: VisionModel, spec: ModelSpec, source: WeightSource) -> None:
+        from dist_vlm.workers.layers import pack_linears
         from dist_vlm.workers.models.llava.loading import load_vision
 
         load_vision(model.module, llava_config.read_facts(spec.path).vision, source)
+        pack_linears(model.module)
 
     def image_processor(self, spec: ModelSpec, path: str | None = None) -> ImageProcessor:
         from dist_vlm.workers.models.llava.processor import PilImageProcessor

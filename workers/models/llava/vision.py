@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from dist_vlm.kernels.choice import OpSet
 from dist_vlm.workers.models.family import VisionModel
 from dist_vlm.workers.models.llava.config import VisionFacts
 
@@ -34,13 +36,29 @@ class Tower(nn.Module):
         self.projector = LlavaMultiModalProjector(config)
 
 
+class QuickGelu(nn.Module):
+    """The tower's activation, by the op that the rank chose."""
+
+    def __init__(self, ops: OpSet) -> None:
+        super().__init__()
+        self._op = ops.quick_gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._op(x)
+
+
 class ClipVisionModel(VisionModel):
     """See `VisionModel`."""
 
-    def __init__(self, facts: VisionFacts, config: LlavaConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, facts: VisionFacts, config: LlavaConfig, *, ops: OpSet, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.facts = facts
         with torch.device("meta"):  # no time or memory for weights that are read afterwards
             tower = Tower(facts, config)
+        for name, module in list(tower.named_modules()):
+            if isinstance(module, QuickGELUActivation):
+                tower.set_submodule(name, QuickGelu(ops))
         self.module = self.tower = tower.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         embeddings = tower.clip.embeddings
         embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).unsqueeze(0)

@@ -24,6 +24,7 @@ from ...thread_comm import ThreadComm, on_ranks, thread_comms
 
 IMAGE_ID = 90
 CPU = torch.device("cpu")
+OPS = choose("torch", CPU)
 
 
 def llava_config(*, vision: dict[str, Any] | None = None, llava: dict[str, Any] | None = None, **text: Any) -> Any:

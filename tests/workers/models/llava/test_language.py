@@ -10,7 +10,7 @@ from dist_vlm.kernels.choice import choose
 from dist_vlm.workers.comm import single_rank
 from dist_vlm.workers.models import CheckpointError, get_family, read_spec
 
-from .rig import CPU, IMAGE_ID, Driver, build_ranks, llava_config, random_model, random_tokens
+from .rig import CPU, IMAGE_ID, OPS, Driver, build_ranks, llava_config, random_model, random_tokens
 
 TOLERANCE = 1e-4
 SHAPES = {
@@ -91,7 +91,7 @@ def build_vision(path):
 
     spec = read_spec(str(path))
     family = get_family(spec.family)
-    vision = family.build_vision(spec, dtype=torch.float32, device=CPU)
+    vision = family.build_vision(spec, ops=OPS, dtype=torch.float32, device=CPU)
     with SafetensorsSource(path) as source:
         family.load_vision(vision, spec, source)
     return vision

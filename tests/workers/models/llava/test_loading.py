@@ -15,7 +15,7 @@ from dist_vlm.workers.models import CheckpointError, get_family, read_spec
 from dist_vlm.workers.safetensors_source import SafetensorsSource
 
 from ...thread_comm import thread_comms
-from .rig import CPU, Driver, build_ranks, llava_config, random_model, random_tokens
+from .rig import CPU, OPS, Driver, build_ranks, llava_config, random_model, random_tokens
 
 # What transformers writes -> other files' prefixes for the same tensors.
 NAMINGS = {
@@ -57,7 +57,7 @@ def load_all(path, source=None, *, world_size=1, rank=0):
             spec, comm=thread_comms(world_size)[rank], ops=choose("torch", CPU), dtype=torch.float32, device=CPU
         )
         family.load_language(language, spec, opened)
-        vision = family.build_vision(spec, dtype=torch.float32, device=CPU)
+        vision = family.build_vision(spec, ops=OPS, dtype=torch.float32, device=CPU)
         family.load_vision(vision, spec, opened)
     return language.module, vision.module, opened
 

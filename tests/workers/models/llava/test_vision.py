@@ -10,7 +10,7 @@ from dist_vlm.workers.models.llava.config import read_facts
 from dist_vlm.workers.safetensors_source import SafetensorsSource
 
 from ...live_bytes import LiveBytes
-from .rig import CPU, llava_config, random_model
+from .rig import CPU, OPS, llava_config, random_model
 
 SELECTIONS = {
     "default": {},
@@ -32,7 +32,7 @@ def loaded(request, tmp_path_factory):
     model.save_pretrained(path)
     spec = read_spec(str(path))
     family = get_family(spec.family)
-    vision = family.build_vision(spec, dtype=torch.float32, device=CPU)
+    vision = family.build_vision(spec, ops=OPS, dtype=torch.float32, device=CPU)
     with SafetensorsSource(path) as source:
         family.load_vision(vision, spec, source)
     return vision, model, spec
@@ -72,7 +72,7 @@ def test_only_the_needed_layers_are_built(loaded) -> None:
 
 def test_the_tower_runs_in_the_dtype_asked_for(loaded) -> None:
     _, _, spec = loaded
-    vision = get_family(spec.family).build_vision(spec, dtype=torch.bfloat16, device=CPU)
+    vision = get_family(spec.family).build_vision(spec, ops=OPS, dtype=torch.bfloat16, device=CPU)
     assert {parameter.dtype for parameter in vision.module.parameters()} == {torch.bfloat16}
     assert vision.module.clip.embeddings.position_ids.tolist() == [list(range(5))]
 
@@ -82,7 +82,7 @@ def test_the_tower_runs_in_the_dtype_asked_for(loaded) -> None:
 def test_a_gpu_computes_what_the_cpu_does(loaded) -> None:
     vision, _, spec = loaded
     family, device = get_family(spec.family), torch.device("cuda")
-    on_gpu = family.build_vision(spec, dtype=torch.float32, device=device)
+    on_gpu = family.build_vision(spec, ops=OPS, dtype=torch.float32, device=device)
     with SafetensorsSource(spec.path) as source:
         family.load_vision(on_gpu, spec, source)
     with torch.backends.cudnn.flags(allow_tf32=False):  # torch lets a float32 convolution use it otherwise
