@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_vlm.version import __version__
 from dist_vlm.workers import wire
+from dist_vlm.workers.allocator import keep_freed_memory
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.failure import RankError, describe
 from dist_vlm.workers.pending import FinishedSteps, PendingStep
@@ -116,6 +117,8 @@ class Worker:
         with self._stage_named("allocate"):
             self._enter_thread()
             self._runner.allocate(num_blocks)
+        if self._config.device == "cpu":
+            keep_freed_memory()  # from here on: what loading freed is not wanted back
 
     def stage(self, key: str, kind: str, array: np.ndarray) -> None:
         """Takes an image. `array` may be read-only memory shared with other ranks."""
