@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_vlm.kernels.choice import choose
 from dist_vlm.workers.comm import single_rank
 from dist_vlm.workers.memory import (
     activation_bytes,
@@ -97,7 +98,7 @@ def test_a_model_without_images_has_no_arena(spec, facts_7b):
 def test_a_gpu_encodes_a_full_batch_within_the_arena(spec, facts_7b, dtype):
     device = torch.device("cuda")
     config = rank_config(facts_7b, max_num_batched_tokens=8192, device="cuda")
-    vision = get_family(spec.family).build_vision(spec, dtype=dtype, device=device)
+    vision = get_family(spec.family).build_vision(spec, ops=choose("torch", device), dtype=dtype, device=device)
     features = FeatureStore(
         vision=vision,
         comm=single_rank(),

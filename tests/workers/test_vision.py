@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_vlm.kernels.choice import choose
 from dist_vlm.workers.encoder import NO_MEMORY, NOT_ENCODED, NOT_FINITE
 from dist_vlm.workers.models import get_family, read_spec
 from dist_vlm.workers.models.family import VisionModel
@@ -215,7 +216,7 @@ def tiny(tiny_checkpoint):
     """(vision model in float32, images, features of each encoded alone)."""
     spec = read_spec(str(tiny_checkpoint))
     family = get_family(spec.family)
-    vision = family.build_vision(spec, dtype=torch.float32, device=CPU)
+    vision = family.build_vision(spec, ops=choose("torch", CPU), dtype=torch.float32, device=CPU)
     with SafetensorsSource(spec.path) as source:
         family.load_vision(vision, spec, source)
     draw = torch.Generator().manual_seed(0)

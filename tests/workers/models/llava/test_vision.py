@@ -112,7 +112,7 @@ def test_an_image_takes_no_more_memory_than_its_activation_size(tmp_path, vision
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(tmp_path)
     spec = read_spec(str(tmp_path))
-    model = get_family(spec.family).build_vision(spec, dtype=dtype, device=CPU)
+    model = get_family(spec.family).build_vision(spec, ops=OPS, dtype=dtype, device=CPU)
     batch = torch.zeros(16, *spec.image_input_shape[1:], dtype=dtype)
     with torch.no_grad(), LiveBytes(list(model.module.parameters())) as memory:
         features = model.encode_pixels(batch)
