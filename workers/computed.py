@@ -35,12 +35,12 @@ class Computed:
 
     tokens: int64 [R], one for each slice that samples.
     status: float32 [slices, failures], above zero where a slice failed for that reason on any rank.
-    logprobs: by slot, of the sampled tokens. prompt_logprobs: of prompt tokens, in parts.
+    logprobs: slots and the log probabilities of the tokens they sampled. prompt_logprobs: of prompt tokens, in parts.
     """
 
     tokens: Tensor
     status: Tensor
-    logprobs: Mapping[int, PendingLogprobs] | None
+    logprobs: tuple[tuple[int, ...], PendingLogprobs] | None
     prompt_logprobs: Sequence[tuple[PromptRows, Sequence[PendingLogprobs]]]
 
     def to_host(self) -> Computed:
@@ -48,7 +48,7 @@ class Computed:
         return Computed(
             self.tokens.to("cpu", non_blocking=True),
             self.status.to("cpu", non_blocking=True),
-            {slot: pending.to_host() for slot, pending in (self.logprobs or {}).items()},
+            None if self.logprobs is None else (self.logprobs[0], self.logprobs[1].to_host()),
             [(rows, [part.to_host() for part in parts]) for rows, parts in self.prompt_logprobs],
         )
 
@@ -89,11 +89,14 @@ class LaunchedStep:
     def _sampled(self, failures: Mapping[int, str]) -> tuple[SampledTokens, ...]:
         sampled = []
         slots = [piece.slot for piece in self._slices if piece.sample]
+        logprobs: dict[int, TokenLogprobs] = {}
+        if self._computed.logprobs is not None:
+            asked, pending = self._computed.logprobs
+            logprobs = dict(zip(asked, pending.read(), strict=True))
         for slot, token in zip(slots, self._computed.tokens.tolist(), strict=True):
             if slot in failures:
                 continue
-            pending = (self._computed.logprobs or {}).get(slot)
-            sampled.append(SampledTokens(slot, (token,), tuple(pending.read()) if pending is not None else ()))
+            sampled.append(SampledTokens(slot, (token,), (logprobs[slot],) if slot in logprobs else ()))
         return tuple(sampled)
 
     def _prompt_logprobs(self, failures: Mapping[int, str]) -> tuple[PromptLogprobs, ...]:

@@ -6,6 +6,7 @@ import torch
 
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.models.spec import ModelSpec
+from dist_vlm.workers.sampler import sampling_bytes
 
 # Ten images of a 336-pixel tower with 24 layers in bfloat16. An H100 takes 10 ms for one image alone, 1.1 ms for each
 # of ten, 1.0 ms for each of twenty.
@@ -17,14 +18,14 @@ def activation_bytes(spec: ModelSpec, config: RankConfig, dtype: torch.dtype) ->
 
     T tokens hold at once the residual, a normed copy, a partial sum and its reduction (4 x hidden_size), the
     queries, keys and values before and after rotation, or the gate, up and product of the MLP; the logits of
-    every slot are float32, gathered, and sampled through three copies.
+    every slot are float32, gathered through one copy, and sampled.
     """
     tokens, ranks = config.max_num_batched_tokens, config.world_size
     heads = 2 * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim // ranks
     widest = max(heads, 3 * spec.intermediate_size // ranks)
     hidden = tokens * (4 * spec.hidden_size + widest) * dtype.itemsize
-    logits = 4 * config.max_num_seqs * spec.vocab_size * 4
-    return hidden + logits
+    logits = 2 * 4 * config.max_num_seqs * spec.vocab_size
+    return hidden + logits + sampling_bytes(config.max_num_seqs, spec.vocab_size, config.max_model_len)
 
 
 def encoder_batch_images(spec: ModelSpec, config: RankConfig, dtype: torch.dtype) -> int:

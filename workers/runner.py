@@ -208,18 +208,14 @@ class Runner:
 
     def _logprobs(
         self, logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence[SampleRow]
-    ) -> dict[int, PendingLogprobs]:
-        """Of the slots that asked for them."""
+    ) -> tuple[tuple[int, ...], PendingLogprobs] | None:
+        """The slots that asked for log probabilities of what they sampled, and these, one a slot."""
         wanted = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
         if not wanted:
-            return {}
+            return None
         index = upload(wanted, torch.int64, self.device)
-        return {
-            rows[i].slot: token_logprobs(
-                logits[index[j : j + 1]], tokens[index[j : j + 1]], [rows[i].sampling.logprobs or 0]
-            )
-            for j, i in enumerate(wanted)
-        }
+        num_top = [rows[i].sampling.logprobs or 0 for i in wanted]
+        return tuple(rows[i].slot for i in wanted), token_logprobs(logits[index], tokens[index], num_top)
 
     def _prompt_logprobs(
         self, hidden: torch.Tensor, prompt_rows: Sequence[PromptRows]

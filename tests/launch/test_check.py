@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from dist_vlm.executor.base import Executor
 from dist_vlm.executor.inline import InlineExecutor
 from dist_vlm.executor.ray import RayExecutor
 from dist_vlm.executor.ray_cluster import RayCluster
-from dist_vlm.launch import cli
+from dist_vlm.launch import check, cli
 from dist_vlm.launch.check import rank_configs
 from dist_vlm.llm import LLM
 from dist_vlm.workers.models import read_spec
@@ -35,6 +36,26 @@ def shared_ray() -> Iterator[RayCluster]:
     cluster.connect(None, num_cpus=4, use_gpus=False, timeout_s=60)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="module")
+def answers_of_transformers() -> dict[str, Any]:
+    """What a check made of transformers, by the type it ran in."""
+    return {}
+
+
+@pytest.fixture
+def known_reference(monkeypatch: pytest.MonkeyPatch, answers_of_transformers: dict[str, Any]) -> None:
+    """Asks transformers once for all checks in one type: what is planted in the ranks does not reach it."""
+    ask = check._reference
+
+    def known(config: EngineConfig, arguments: argparse.Namespace) -> Any:
+        key = config.model.dtype
+        if key not in answers_of_transformers:
+            answers_of_transformers[key] = ask(config, arguments)
+        return answers_of_transformers[key]
+
+    monkeypatch.setattr(check, "_reference", known)
 
 
 class Checked:
@@ -65,23 +86,24 @@ def plant(monkeypatch: pytest.MonkeyPatch, runner: type[Any]) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("shared_ray")
 def test_sound_ranks_pass_at_one_and_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check = Checked(tmp_path, capsys, "--ranks", "1,2", "--executor", "inline")
-    assert (check.status, check.err) == (0, "")
-    assert check.figures["passed"]
-    assert [(run["ranks"], run["executor"], run["passed"]) for run in check.runs] == [
+    checked = Checked(tmp_path, capsys, "--ranks", "1,2", "--executor", "inline")
+    assert (checked.status, checked.err) == (0, "")
+    assert checked.figures["passed"]
+    assert [(run["ranks"], run["executor"], run["passed"]) for run in checked.runs] == [
         (1, "inline", True),
         (2, "ray", True),
     ]
-    for run in check.runs:
+    for run in checked.runs:
         # Float32 rounding, far inside of the tolerance, and not nothing: the sums are in another order.
         assert 0 < run["max_difference"] < 1e-4
         assert run["agreement"] == 1
         assert [len(run["probes"])] == [NUM_PROBES]
         assert all(probe["num_tokens"] == probe["num_agreed"] == 16 for probe in run["probes"])
-    assert check.out.count("16/16") == 2 * NUM_PROBES
-    assert check.out.count("  passed") == 2
+    assert checked.out.count("16/16") == 2 * NUM_PROBES
+    assert checked.out.count("  passed") == 2
 
 
+@pytest.mark.usefixtures("known_reference")
 @pytest.mark.parametrize(
     ("runner", "forced_fails"),
     [
@@ -98,13 +120,13 @@ def test_a_fault_of_a_single_rank_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plant(monkeypatch, runner)
-    check = Checked(tmp_path, capsys, "--executor", "inline")
-    (run,) = check.runs
-    assert check.status == 1
-    assert check.err.startswith("dist-vlm: error: the check failed at 1 rank: probe 0: noise 64x64: ")
-    assert "FAILED: probe 0" in check.out
+    checked = Checked(tmp_path, capsys, "--executor", "inline")
+    (run,) = checked.runs
+    assert checked.status == 1
+    assert checked.err.startswith("dist-vlm: error: the check failed at 1 rank: probe 0: noise 64x64: ")
+    assert "FAILED: probe 0" in checked.out
     assert not run["passed"]
-    assert not check.figures["passed"]
+    assert not checked.figures["passed"]
     assert any(probe["forced_difference"] > 0.05 for probe in run["probes"]) == forced_fails
     if runner is faulty_ranks.SecondLikeliest:
         # The logits are right, so the gaps alone tell.
@@ -116,49 +138,49 @@ def test_a_fault_of_a_single_rank_is_found(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.usefixtures("shared_ray", "known_reference")
 @pytest.mark.parametrize("runner", [faulty_ranks.SwappedShards, faulty_ranks.BrokenGather])
 def test_a_fault_between_two_ranks_is_found(
     runner: type[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch, runner)
-    check = Checked(tmp_path, capsys, "--ranks", "2")
-    assert check.status == 1
-    assert "the check failed at 2 ranks: probe 0" in check.err
-    assert check.runs[0]["max_difference"] > 0.05
-    assert all(probe["error"] is None for probe in check.runs[0]["probes"])
+    checked = Checked(tmp_path, capsys, "--ranks", "2")
+    assert checked.status == 1
+    assert "the check failed at 2 ranks: probe 0" in checked.err
+    assert checked.runs[0]["max_difference"] > 0.05
+    assert all(probe["error"] is None for probe in checked.runs[0]["probes"])
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("shared_ray")
+@pytest.mark.usefixtures("shared_ray", "known_reference")
 def test_ranks_that_disagree_are_a_finding_and_the_next_count_is_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch, faulty_ranks.GatherBrokenOnOneRank)
-    check = Checked(tmp_path, capsys, "--ranks", "2,1")
-    assert check.status == 1
-    assert [(run["ranks"], run["passed"]) for run in check.runs] == [(2, False), (1, True)]
-    assert "ranks disagree in step 0" in check.runs[0]["faults"][0]
-    assert "the check failed at 2 ranks: step failed" in check.err
+    checked = Checked(tmp_path, capsys, "--ranks", "2,1")
+    assert checked.status == 1
+    assert [(run["ranks"], run["passed"]) for run in checked.runs] == [(2, False), (1, True)]
+    assert "ranks disagree in step 0" in checked.runs[0]["faults"][0]
+    assert "the check failed at 2 ranks: step failed" in checked.err
 
 
 def test_sixteen_bits_are_held_to_what_transformers_loses_in_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check = Checked(tmp_path, capsys, "--executor", "inline", "--dtype", "bfloat16")
-    assert (check.status, check.err) == (0, "")
-    assert "in bfloat16: tolerance" in check.out
-    assert "; transformers itself in bfloat16 differs by" in check.out
+    checked = Checked(tmp_path, capsys, "--executor", "inline", "--dtype", "bfloat16")
+    assert (checked.status, checked.err) == (0, "")
+    assert "in bfloat16: tolerance" in checked.out
+    assert "; transformers itself in bfloat16 differs by" in checked.out
     # A bfloat16 product is off by about 2**-9 of itself; logits here are up to 25.
-    assert 0.05 < check.figures["tolerance"] < 2
-    assert 0.01 < check.runs[0]["max_difference"] <= check.figures["tolerance"]
+    assert 0.05 < checked.figures["tolerance"] < 2
+    assert 0.01 < checked.runs[0]["max_difference"] <= checked.figures["tolerance"]
 
 
 def test_a_tolerance_that_is_given_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check = Checked(tmp_path, capsys, "--executor", "inline", "--tolerance", "1e-9", "--probes", "1")
-    assert check.status == 1
-    assert check.figures["tolerance"] == 1e-9
-    assert "tolerance 1e-09\n" in check.out
+    checked = Checked(tmp_path, capsys, "--executor", "inline", "--tolerance", "1e-9", "--probes", "1")
+    assert checked.status == 1
+    assert checked.figures["tolerance"] == 1e-9
+    assert "tolerance 1e-09\n" in checked.out
 
 
 @pytest.mark.parametrize(

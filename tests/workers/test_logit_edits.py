@@ -113,6 +113,15 @@ def test_repetition_counts_the_prompt_and_presence_and_frequency_do_not() -> Non
     assert torch.equal(at_first, logits)
 
 
+def test_the_least_repetition_penalty_leaves_numbers() -> None:
+    logits, tokens = torch.tensor([[0.0, 2.0, -2.0, 1.0]]), torch.tensor([[0, 1, 2]])
+    edited = edit(logits, SamplingRow(repetition_penalty=1e-300), position=3, num_prompt_tokens=1, token_ids=tokens)
+    assert edited.isfinite().all()
+    assert edited.argmax().item() == 1
+    assert edited[0, 0] == 0
+    assert edited[0, 3] == 1
+
+
 def test_functions_see_generated_tokens_and_what_the_one_before_returned() -> None:
     logits, seen = logits_row(), []
 

@@ -15,6 +15,7 @@ from dist_vlm.workers.memory import (
 )
 from dist_vlm.workers.models import get_family, read_spec
 from dist_vlm.workers.peak_memory import PeakMemory
+from dist_vlm.workers.sampler import sampling_bytes
 from dist_vlm.workers.vision import FeatureStore, ImageStore
 
 from .test_runner import rank_config
@@ -36,11 +37,13 @@ def test_a_cpu_rank_needs_a_size(spec, facts_7b):
 
 def test_the_arena_of_a_7b_step_by_hand(spec, facts_7b):
     config = rank_config(facts_7b, max_num_batched_tokens=8192, max_num_seqs=256)
-    # 8192 tokens x (4 x 4096 hidden + 3 x 11008 MLP, wider than the heads' 2 x 3 x 4096) x 2 bytes, and the logits.
-    expected = 8192 * (4 * 4096 + 3 * 11008) * 2 + 4 * 256 * 32064 * 4
+    # 8192 tokens x (4 x 4096 hidden + 3 x 11008 MLP, wider than the heads' 2 x 3 x 4096) x 2 bytes.
+    # The logits are float32, twice while they are gathered; sampling says itself what it takes.
+    logits = 2 * 256 * 32064 * 4 + sampling_bytes(256, 32064, config.max_model_len)
+    expected = 8192 * (4 * 4096 + 3 * 11008) * 2 + logits
     assert activation_bytes(spec, config, torch.bfloat16) == expected
     halved = activation_bytes(spec, dataclasses.replace(config, world_size=2), torch.bfloat16)
-    assert halved == 8192 * (4 * 4096 + 3 * 11008 // 2) * 2 + 4 * 256 * 32064 * 4
+    assert halved == 8192 * (4 * 4096 + 3 * 11008 // 2) * 2 + logits
 
 
 # Of the 7b model: 3 x 336 x 336 pixels, 24 hidden states of 577 x 1024, and 577 rows of the MLP.
