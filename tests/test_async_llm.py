@@ -506,7 +506,7 @@ def refuse(request: object) -> None:
 @pytest.mark.parametrize("engine_process", [False, True])
 def test_lost_ranks_end_every_request_within_two_seconds_by_name(make: Make, engine_process: bool) -> None:
     lost = ExecutorError("step", "its process died", 1)
-    llm = make(fail_steps={4: lost}) if not engine_process else make(engine_process=True)
+    llm = make(engine_process=True) if engine_process else make(fail_steps={4: lost}, step_delay_s=0.05)
 
     async def run() -> list[RequestOutput]:
         count = 200 if engine_process else 8

@@ -129,7 +129,7 @@ def main() -> None:
         # No process started from here may keep the socket open: its end is how the front learns of ours.
         connection.set_inheritable(False)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is the front's
-        with suppress(OSError):
+        with suppress(ConnectionError):
             CoreProcess(connection).run()
     with suppress(OSError):
         os.rmdir(sys.argv[2])  # the front may be gone
