@@ -166,6 +166,28 @@ def ms(x):
     return None if x is None else round(x * 1000, 2)
 
 
+def measure(engine, modes, a, **extra):
+    """Runs each mode asked for `a.rounds` times and reports it; saves the tokens of the first mode.
+
+    modes: name -> a call that answers (token ids, prompt lengths, times to first token, times per token), each a
+    list with an entry a request, the times in seconds.
+    """
+    import time
+
+    kept = None
+    for rnd in range(a.rounds):
+        for mode in a.modes.split(","):
+            began = time.perf_counter()
+            ids, lengths, ttft, tpot = modes[mode]()
+            wall = time.perf_counter() - began
+            kept = kept or (ids, lengths)
+            same = sum(x == y for x, y in zip(kept[0], ids, strict=True))
+            tokens = sum(map(len, ids))
+            facts = {"round": rnd, "dtype": a.dtype, "tp": a.tp, "same_as_first": same, **extra}
+            report(engine, mode, len(ids), wall, tokens, ttft, tpot, sum(lengths), **facts)
+    save(a.out, engine, a.model, a, *kept)
+
+
 def save(path, engine, model, a, ids, prompt_ids=None):
     if not path:
         return
