@@ -38,8 +38,19 @@ def tokens(executor: InlineExecutor) -> tuple[int, ...]:
     return executor.collect().sampled[0].token_ids
 
 
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """Threads of engines that other tests keep for a whole session."""
+    OTHERS[:] = threading.enumerate()
+
+
+OTHERS: list[threading.Thread] = []
+
+
 def rank_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("inline-rank")]
+    """Of this test's ranks."""
+    alive = [thread for thread in threading.enumerate() if thread not in OTHERS]
+    return [thread.name for thread in alive if thread.name.startswith("inline-rank")]
 
 
 class Held:
