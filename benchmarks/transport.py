@@ -213,8 +213,8 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2, help="ranks of the transports ray and direct")
-    parser.add_argument("--steps", type=int, default=150, help="steps of one round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of which the median is told")
+    parser.add_argument("--steps", type=int, default=50, help="steps of one round")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of which the median is told")
     parser.add_argument("--plan-bytes", type=int, default=20_000)
     parser.add_argument("--work-ms", type=float, nargs="+", default=[0, 1, 3, 5], help="what a step takes the ranks")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2], help="plans in flight")

@@ -22,6 +22,7 @@ HOMES = {
     "ImageFeatureData": "dist_vlm.multimodal.image",
     "RequestOutput": "dist_vlm.outputs",
     "CompletionOutput": "dist_vlm.outputs",
+    "Logprob": "dist_vlm.outputs",
     "EngineConfig": "dist_vlm.config",
     "ConfigError": "dist_vlm.config",
 }
