@@ -117,7 +117,9 @@ class EngineCore:
     def abort(self, request_id: str) -> list[EngineOutput]:
         """Ends a request at any moment; nothing if it has ended already."""
         if self._staging.withdraw(request_id):
-            return [self._ended(EngineOutput(request_id, finish_reason="abort"))]
+            output = self._ended(EngineOutput(request_id, finish_reason="abort"))
+            self._staging.collected(self._last_collected)  # no step may come that would
+            return [output]
         update = self.scheduler.abort(request_id)
         return [self._output(update)] if update is not None else []
 

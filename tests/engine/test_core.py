@@ -101,3 +101,28 @@ def test_a_request_id_in_use_is_refused():
     core.add(request("a"))
     with pytest.raises(ValueError, match="in use"):
         core.add(request("a"))
+
+
+def test_an_image_is_unstaged_though_its_request_never_ran():
+    core, executor = engine(staging_polls=9)
+    core.add(request("a", 9, image="x"))
+    core.step()
+    assert executor.staged_images == ("x",)
+    (ended,) = core.abort("a")
+    assert (ended.finish_reason, core.has_work) == ("abort", False)
+    assert executor.staged_images == ()
+    assert core.staged_bytes == 0
+
+
+def test_a_request_whose_image_never_arrives_fails_alone_in_time():
+    executor = FakeExecutor(num_blocks=16, block_size=4, staging_polls=10**9)
+    core = EngineCore(
+        executor, block_size=4, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=8, staging_timeout_s=0.05
+    )
+    core.start()
+    core.add(request("stuck", 9, image="x"))
+    core.add(request("good"))
+    tokens, ends = drain(core)
+    assert ends == {"stuck": ("error", "an image could not be staged"), "good": ("length", None)}
+    assert tokens["good"] == expected(request("good"))
+    assert executor.staged_images == ()
