@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,10 +79,10 @@ def shared_memory_of(pids: Iterable[int]) -> set[str]:
     return {name for name in names if not name.endswith(" (deleted)")}
 
 
-def orphaned_shared_memory() -> set[str]:
-    """Names in /dev/shm that no process has mapped or open."""
-    there = set(os.listdir("/dev/shm"))
-    return there - shared_memory_of(int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+def named_after(pids: Iterable[int]) -> set[str]:
+    """Names in /dev/shm that contain the number of one of `pids`, as those of semaphores do."""
+    numbers = set(map(str, pids))
+    return {name for name in os.listdir("/dev/shm") if numbers & set(re.findall(r"\d+", name))}
 
 
 def _maps(pid: int) -> list[str]:
