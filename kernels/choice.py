@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vlm.kernels import cpp_library, paged_attention, quick_gelu, reduce_add_norm, rotary, silu_mul, write_kv
+from dist_vlm.kernels import (
+    cpp_library,
+    full_attention,
+    paged_attention,
+    quick_gelu,
+    reduce_add_norm,
+    rotary,
+    silu_mul,
+    write_kv,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,7 @@ class OpSet:
     apply_rotary: Callable[..., tuple[Tensor, Tensor]]
     silu_mul: Callable[..., Tensor]
     quick_gelu: Callable[[Tensor], Tensor]
+    full_attention: Callable[..., Tensor]
     reduce_add_norm: Callable[..., tuple[Tensor, Tensor]]
     workspace_bytes: int
 
@@ -45,6 +55,7 @@ IMPLEMENTATIONS = {
         apply_rotary=rotary.apply_rotary_reference,
         silu_mul=silu_mul.silu_mul_reference,
         quick_gelu=quick_gelu.quick_gelu_reference,
+        full_attention=full_attention.full_attention_reference,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_reference,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
@@ -55,6 +66,7 @@ IMPLEMENTATIONS = {
         apply_rotary=rotary.apply_rotary_torch,
         silu_mul=silu_mul.silu_mul_torch,
         quick_gelu=quick_gelu.quick_gelu_torch,
+        full_attention=full_attention.full_attention_torch,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_torch,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
@@ -65,6 +77,7 @@ IMPLEMENTATIONS = {
         apply_rotary=rotary.apply_rotary_cpp,
         silu_mul=silu_mul.silu_mul_cpp,
         quick_gelu=quick_gelu.quick_gelu_cpp,
+        full_attention=full_attention.full_attention_cpp,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_cpp,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),

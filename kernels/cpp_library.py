@@ -45,6 +45,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "silu_mul": (_pointer, _pointer, *[_int64] * 3),
     "quick_gelu": (_pointer, _pointer, _int64),
     "rotary": (*[_pointer] * 4, *[_int64] * 6),
+    "prefill": (*[_pointer] * 5, *[_int64] * 9, ctypes.c_float),
     "decode": (*[_pointer] * 8, *[_int64] * 8, ctypes.c_float),
 }
 

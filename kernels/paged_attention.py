@@ -259,10 +259,11 @@ def _attend_decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, part: Deco
 
 @dataclass(frozen=True, slots=True)
 class CppPlan:
-    """tokens, sequences, contexts: int64 [N], the sequences with one token, the longest first. block_tables: int64
-    [S, blocks], dense. blocks: the range that the block ids of those sequences lie in."""
+    """prefills: (first token, end token, context length, sequence) of each with several tokens. tokens, sequences,
+    contexts: int64 [N], the sequences with one token, the longest first. block_tables: int64 [S, blocks], dense.
+    blocks: the range that the block ids used lie in."""
 
-    prefills: tuple[PrefillPart, ...]
+    prefills: tuple[tuple[int, int, int, int], ...]
     tokens: Tensor
     sequences: Tensor
     contexts: Tensor
@@ -284,11 +285,10 @@ def plan_attention_cpp(
         if end - start == 1:
             singles.append((context, start, sequence))
         elif end > start:
-            prefills.append(_prefill_part(start, end, context, block_tables[sequence], block_size))
+            prefills.append((start, end, context, sequence))
     singles.sort(reverse=True)
     contexts, tokens, sequences = torch.tensor(singles, dtype=torch.int64).view(-1, 3).T.contiguous()
-    used = torch.arange(block_tables.shape[1]) * block_size < contexts.unsqueeze(1)
-    ids = block_tables[sequences][used]
+    ids = block_tables[torch.arange(block_tables.shape[1]) * block_size < context_lens.unsqueeze(1)]
     return CppPlan(
         prefills=tuple(prefills),
         tokens=tokens,
@@ -302,28 +302,28 @@ def plan_attention_cpp(
 
 
 def paged_attention_cpp(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: CppPlan, *, scale: float) -> Tensor:
-    """One scaled_dot_product_attention a prefilling sequence; decoding ones read the cache where it lies."""
+    """Reads the cache where it lies; products and sums in float32, rounded once. scale: above 0."""
     check_inputs(q, key_cache, value_cache, num_tokens=plan.num_tokens, block_size=plan.block_size)
     if plan.blocks.start < 0 or plan.blocks.stop > key_cache.shape[0]:
         raise IndexError(f"paged_attention: block ids {plan.blocks} are not all inside {key_cache.shape[0]} blocks")
     out = torch.empty(q.shape, dtype=q.dtype)
-    for prefill in plan.prefills:
-        out[prefill.start : prefill.end] = _attend_prefill(q, key_cache, value_cache, prefill, scale)
+    _, heads, head_dim = q.shape
+    sizes = (head_dim, heads, key_cache.shape[2], plan.block_size)
+    caches = (key_cache.data_ptr(), value_cache.data_ptr())
+    if plan.prefills:
+        prefill = cpp_library.function("prefill", q.dtype)
+        for start, end, context, sequence in plan.prefills:
+            addresses = (q[start].data_ptr(), *caches, out[start].data_ptr(), plan.block_tables[sequence].data_ptr())
+            prefill(*addresses, end - start, context, 1, *sizes, q.stride(0), q.stride(1), scale)
     if plan.tokens.shape[0]:
+        shared = (plan.tokens, plan.sequences, plan.contexts, plan.block_tables)
         cpp_library.function("decode", q.dtype)(
             q.data_ptr(),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
+            *caches,
             out.data_ptr(),
-            plan.tokens.data_ptr(),
-            plan.sequences.data_ptr(),
-            plan.contexts.data_ptr(),
-            plan.block_tables.data_ptr(),
+            *(tensor.data_ptr() for tensor in shared),
             plan.tokens.shape[0],
-            q.shape[2],
-            q.shape[1],
-            key_cache.shape[2],
-            plan.block_size,
+            *sizes,
             plan.block_tables.stride(0),
             q.stride(0),
             q.stride(1),

@@ -16,6 +16,7 @@ def test_every_op_is_of_the_implementation_named(name) -> None:
         "apply_rotary",
         "silu_mul",
         "quick_gelu",
+        "full_attention",
         "reduce_add_norm",
     }
     assert all(function == f"{op}_{name}" for op, function in ops.names.items())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.activations import QuickGELUActivation
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -22,14 +23,30 @@ if TYPE_CHECKING:
     from transformers import LlavaConfig
 
 
+def register_attention(ops: OpSet) -> str:
+    """Makes the rank's op known to transformers' modules; returns the name to configure them with."""
+
+    def attend(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        if mask is not None:
+            raise ValueError(f"{type(module).__name__} asks for masked attention: every token sees every other here")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads come first
+        return ops.full_attention(q, k, v, scale=scaling), None
+
+    name = f"dist_vlm_{ops.full_attention.__name__}"
+    AttentionInterface.register(name, attend)
+    return name
+
+
 class Tower(nn.Module):
     """CLIP tower and projector under the names the checkpoint's tables use."""
 
-    def __init__(self, facts: VisionFacts, config: LlavaConfig) -> None:
+    def __init__(self, facts: VisionFacts, config: LlavaConfig, ops: OpSet) -> None:
         super().__init__()
         clip_config: Any = copy.deepcopy(config.vision_config)
         clip_config.num_hidden_layers = facts.num_needed_layers
-        clip_config._attn_implementation = "sdpa"
+        clip_config._attn_implementation = register_attention(ops)
         clip: Any = CLIPVisionModel(clip_config)
         clip.post_layernorm = nn.Identity()  # feeds the pooled output alone, which nobody reads
         self.clip = clip
@@ -55,7 +72,7 @@ class ClipVisionModel(VisionModel):
     ) -> None:
         self.facts = facts
         with torch.device("meta"):  # no time or memory for weights that are read afterwards
-            tower = Tower(facts, config)
+            tower = Tower(facts, config, ops)
         for name, module in list(tower.named_modules()):
             if isinstance(module, QuickGELUActivation):
                 tower.set_submodule(name, QuickGelu(ops))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dist_vlm.kernels.choice import choose
+from dist_vlm.workers import layers
 from dist_vlm.workers.models import get_family, read_spec
 from dist_vlm.workers.models.llava.config import read_facts
 from dist_vlm.workers.safetensors_source import SafetensorsSource
@@ -49,6 +51,35 @@ def test_pixels_give_transformers_features(loaded) -> None:
     actual = vision.encode_pixels(pixels(3))
     assert actual.shape == (3, spec.image_feature_size, spec.hidden_size)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpp"])
+@torch.inference_mode()
+def test_other_ops_give_the_same_features(kernels, tmp_path) -> None:
+    model = random_model(llava_config())
+    model.save_pretrained(tmp_path)
+    spec = read_spec(str(tmp_path))
+    family = get_family(spec.family)
+    vision = family.build_vision(spec, ops=choose(kernels, CPU), dtype=torch.float32, device=CPU)
+    with SafetensorsSource(tmp_path) as source:
+        family.load_vision(vision, spec, source)
+    expected = torch.stack(list(model.get_image_features(pixels(3)).pooler_output))
+    torch.testing.assert_close(vision.encode_pixels(pixels(3)), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_packed_weights_give_the_features_of_plain_ones(tmp_path, monkeypatch) -> None:
+    random_model(llava_config()).save_pretrained(tmp_path)
+    spec = read_spec(str(tmp_path))
+    family, features = get_family(spec.family), []
+    for packs in (True, False):
+        vision = family.build_vision(spec, ops=OPS, dtype=torch.bfloat16, device=CPU)
+        if not packs:
+            monkeypatch.setattr(layers, "can_pack", lambda weight: False)
+        with SafetensorsSource(tmp_path) as source:
+            family.load_vision(vision, spec, source)
+        features.append(vision.encode_pixels(pixels(2).bfloat16()).float())
+    torch.testing.assert_close(*features, atol=3e-2, rtol=3e-2)
 
 
 @torch.inference_mode()
