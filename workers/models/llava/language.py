@@ -103,6 +103,7 @@ class LlamaLanguageModel(LanguageModel):
         plan = self._plan_attention(batch, kv_cache)
         partial: Tensor = self._embed(batch)
         residual: Tensor | None = None
+        rows, last = batch.logits_rows, self.shard.layers[-1]
         for index, layer in enumerate(self.shard.decoder_layers()):
             cache = (kv_cache.keys[index], kv_cache.values[index])
             normed, residual = self._reduce(partial, residual, layer.input_norm)
@@ -110,10 +111,16 @@ class LlamaLanguageModel(LanguageModel):
             q, k = self.ops.apply_rotary(q, k, cos, sin)
             self.ops.write_kv(k, v, *cache, batch.slot_mapping)
             attended = self.ops.paged_attention(q, *cache, plan, scale=self._scale)
+            if layer is last and rows.shape[0]:
+                # From here on, only the rows asked for are computed: one of a prompt's hundreds.
+                attended, residual = attended.index_select(0, rows), residual.index_select(0, rows)
             partial = layer.attention_out(attended.flatten(1))
             normed, residual = self._reduce(partial, residual, layer.post_attention_norm)
             partial = layer.down(self.ops.silu_mul(layer.gate_up(normed)))
-        return self._last_hidden(partial, residual, batch.logits_rows)
+        if not rows.shape[0]:
+            return partial[:0]
+        normed, _ = self._reduce(partial, residual, self.shard.norm)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.shard.head(hidden)
@@ -143,14 +150,3 @@ class LlamaLanguageModel(LanguageModel):
         return self.ops.reduce_add_norm(
             partial, residual, norm.weight, eps=self.facts.rms_norm_eps, all_reduce=self.comm.all_reduce
         )
-
-    def _last_hidden(self, partial: Tensor, residual: Tensor | None, rows: Tensor) -> Tensor:
-        """[len(rows), hidden_size]; only the rows asked for are reduced and normed, and without any, nothing is."""
-        if not rows.shape[0]:
-            return partial[:0]
-        normed, _ = self._reduce(
-            partial.index_select(0, rows),
-            None if residual is None else residual.index_select(0, rows),
-            self.shard.norm,
-        )
-        return normed
