@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 struct BFloat16 {
     uint16_t bits;
 };
@@ -32,6 +36,30 @@ inline BFloat16 narrow<BFloat16>(float x) {
     uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
     // A NaN must not be rounded up to an infinity, or past it.
     return BFloat16{static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+}
+
+// Sixteen numbers at a time, in whatever registers the machine has.
+typedef float Vector __attribute__((vector_size(64), aligned(4)));
+
+inline Vector widen16(const float* x) { return *(const Vector*)x; }
+inline Vector widen16(const _Float16* x) {
+    typedef _Float16 Half __attribute__((vector_size(32), aligned(2)));
+    return __builtin_convertvector(*(const Half*)x, Vector);
+}
+inline Vector widen16(const BFloat16* x) {
+    typedef uint16_t Short __attribute__((vector_size(32), aligned(2)));
+    typedef uint32_t Word __attribute__((vector_size(64)));
+    return (Vector)(__builtin_convertvector(*(const Short*)x, Word) << 16);
+}
+
+inline float sum16(Vector x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float total = 0.0f;
+    for (int i = 0; i < 16; i++) total += x[i];
+    return total;
+#endif
 }
 
 // e^x to about 2e-7 of it (the polynomial of Cephes' expf), from x = -87 on; below that, e^-87. NaN stays NaN.

@@ -10,67 +10,129 @@ struct Shape {
     float scale;
 };
 
-// D: the size of a head where it is known to the compiler, else 0.
-template <typename T, int D>
+// Calls body(position, row) for the rows of one KV head's cache, in order.
+template <typename T, typename Body>
+static inline void each_row(const T* cache, const int64_t* table, int64_t context, int64_t pitch, const Shape& shape,
+                            Body body) {
+    for (int64_t begin = 0; begin < context; begin += shape.block_size) {
+        const T* row = cache + table[begin / shape.block_size] * shape.block_size * pitch;
+        int64_t end = std::min(begin + shape.block_size, context);
+        for (int64_t p = begin; p < end; p++, row += pitch) body(p, row);
+    }
+}
+
+// softmax without its division: row[0, visible) becomes e^(scale * (x - highest)), the rest of it 0. Returns the sum.
+static float exponentials(float* row, int64_t visible, int64_t end, float scale) {
+    float highest = row[0], total = 0.0f;
+#pragma omp simd reduction(max : highest)
+    for (int64_t p = 0; p < visible; p++) highest = row[p] > highest ? row[p] : highest;
+#pragma omp simd reduction(+ : total)
+    for (int64_t p = 0; p < visible; p++) total += row[p] = exponential(scale * (row[p] - highest));
+    for (int64_t p = visible; p < end; p++) row[p] = 0.0f;
+    return total;
+}
+
+// G heads of one token, which share a KV head; a head has D numbers, a multiple of 16: all sums stay in registers.
+template <typename T, int D, int G>
 static void attend(const T* q, const T* keys, const T* values, T* out, const int64_t* table, int64_t context,
-                   int64_t dynamic_dim, const Shape& shape, std::vector<float>& scratch) {
-    const int64_t dim = D ? D : dynamic_dim, group = shape.heads / shape.kv_heads, pitch = shape.kv_heads * dim;
-    scratch.assign(group * (2 * dim + context) + dim, 0.0f);
-    float* queries = scratch.data();
-    float* sums = queries + group * dim;
-    float* row = sums + group * dim;
-    float* scores = row + dim;
-    for (int64_t h = 0; h < group; h++)
-        for (int64_t i = 0; i < dim; i++) queries[h * dim + i] = widen(q[h * shape.head_stride + i]);
-    for (int64_t p = 0; p < context; p++) {
-        const T* key = keys + (table[p / shape.block_size] * shape.block_size + p % shape.block_size) * pitch;
-        for (int64_t i = 0; i < dim; i++) row[i] = widen(key[i]);
+                   int64_t, int64_t, const Shape& shape, std::vector<float>& scratch) {
+    constexpr int kParts = D / 16;
+    const int64_t pitch = shape.kv_heads * D;
+    scratch.resize(G * context);
+    float* scores = scratch.data();
+    Vector held[G][kParts];
+    for (int h = 0; h < G; h++)
+        for (int i = 0; i < kParts; i++) held[h][i] = widen16(q + h * shape.head_stride + 16 * i);
+    each_row(keys, table, context, pitch, shape, [&](int64_t p, const T* row) {
+        Vector key[kParts];
+        for (int i = 0; i < kParts; i++) key[i] = widen16(row + 16 * i);
+        for (int h = 0; h < G; h++) {
+            Vector dot = held[h][0] * key[0];
+            for (int i = 1; i < kParts; i++) dot += held[h][i] * key[i];
+            scores[h * context + p] = sum16(dot);
+        }
+    });
+    float inverse[G];
+    for (int h = 0; h < G; h++) inverse[h] = 1.0f / exponentials(scores + h * context, context, context, shape.scale);
+    for (int h = 0; h < G; h++)
+        for (int i = 0; i < kParts; i++) held[h][i] = Vector{};
+    each_row(values, table, context, pitch, shape, [&](int64_t p, const T* row) {
+        Vector value[kParts];
+        for (int i = 0; i < kParts; i++) value[i] = widen16(row + 16 * i);
+        for (int h = 0; h < G; h++)
+            for (int i = 0; i < kParts; i++) held[h][i] += scores[h * context + p] * value[i];
+    });
+    for (int h = 0; h < G; h++)
+        for (int i = 0; i < D; i++) out[h * D + i] = narrow<T>(held[h][i / 16][i % 16] * inverse[h]);
+}
+
+// The same for heads of any size and number.
+template <typename T>
+static void attend_any(const T* q, const T* keys, const T* values, T* out, const int64_t* table, int64_t context,
+                       int64_t dim, int64_t group, const Shape& shape, std::vector<float>& scratch) {
+    const int64_t pitch = shape.kv_heads * dim;
+    scratch.assign(group * (dim + context), 0.0f);
+    float* sums = scratch.data();
+    float* scores = sums + group * dim;
+    each_row(keys, table, context, pitch, shape, [&](int64_t p, const T* row) {
         for (int64_t h = 0; h < group; h++) {
-            const float* query = queries + h * dim;
+            const T* query = q + h * shape.head_stride;
             float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
-            for (int64_t i = 0; i < dim; i++) dot += query[i] * row[i];
-            scores[h * context + p] = dot * shape.scale;
+            for (int64_t i = 0; i < dim; i++) dot += widen(query[i]) * widen(row[i]);
+            scores[h * context + p] = dot;
         }
-    }
+    });
     for (int64_t h = 0; h < group; h++) {
-        float* score = scores + h * context;
-        float highest = *std::max_element(score, score + context), total = 0.0f;
-#pragma omp simd reduction(+ : total)
-        for (int64_t p = 0; p < context; p++) total += score[p] = exponential(score[p] - highest);
-        float inverse = 1.0f / total;
-        for (int64_t p = 0; p < context; p++) score[p] *= inverse;
+        float inverse = 1.0f / exponentials(scores + h * context, context, context, shape.scale);
+        for (int64_t p = 0; p < context; p++) scores[h * context + p] *= inverse;
     }
-    for (int64_t p = 0; p < context; p++) {
-        const T* value = values + (table[p / shape.block_size] * shape.block_size + p % shape.block_size) * pitch;
-        for (int64_t i = 0; i < dim; i++) row[i] = widen(value[i]);
+    each_row(values, table, context, pitch, shape, [&](int64_t p, const T* row) {
         for (int64_t h = 0; h < group; h++) {
             float weight = scores[h * context + p];
-            float* sum = sums + h * dim;
 #pragma omp simd
-            for (int64_t i = 0; i < dim; i++) sum[i] += weight * row[i];
+            for (int64_t i = 0; i < dim; i++) sums[h * dim + i] += weight * widen(row[i]);
         }
-    }
+    });
     for (int64_t i = 0; i < group * dim; i++) out[i] = narrow<T>(sums[i]);
+}
+
+template <typename T>
+using Attend = void (*)(const T*, const T*, const T*, T*, const int64_t*, int64_t, int64_t, int64_t, const Shape&,
+                        std::vector<float>&);
+
+// The function for `heads` heads at once, as many as have their sums in registers.
+template <typename T>
+static Attend<T> choose(int64_t dim, int64_t heads) {
+    if (dim == 64) {
+        Attend<T> by_heads[] = {attend<T, 64, 1>, attend<T, 64, 2>, attend<T, 64, 3>, attend<T, 64, 4>};
+        return by_heads[heads - 1];
+    }
+    if (dim == 128 && heads <= 2) return heads == 1 ? attend<T, 128, 1> : attend<T, 128, 2>;
+    return attend_any<T>;
 }
 
 template <typename T>
 static void decode(const T* q, const T* keys, const T* values, T* out, const int64_t* tokens, const int64_t* sequences,
                    const int64_t* contexts, const int64_t* tables, int64_t count, int64_t dim, const Shape& shape) {
     int64_t tasks = count * shape.kv_heads, work = 0, group = shape.heads / shape.kv_heads;
+    int64_t at_once = std::min<int64_t>(group, dim == 128 ? 2 : 4);
     for (int64_t n = 0; n < count; n++) work += contexts[n] * shape.heads * dim;
-#pragma omp parallel if (work >= 2 * kParallelElements)
+#pragma omp parallel if (work >= 4 * kParallelElements)
     {
         std::vector<float> scratch;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             // Tasks come longest first: contexts descend.
             int64_t n = task / shape.kv_heads, g = task % shape.kv_heads;
-            const T* query = q + tokens[n] * shape.token_stride + g * group * shape.head_stride;
-            T* to = out + (tokens[n] * shape.heads + g * group) * dim;
             const int64_t* table = tables + sequences[n] * shape.table_stride;
-            auto* function = dim == 64 ? attend<T, 64> : dim == 128 ? attend<T, 128> : attend<T, 0>;
-            function(query, keys + g * dim, values + g * dim, to, table, contexts[n], dim, shape, scratch);
+            for (int64_t h = 0; h < group; h += at_once) {
+                int64_t head = g * group + h, heads = std::min(at_once, group - h);
+                const T* query = q + tokens[n] * shape.token_stride + head * shape.head_stride;
+                T* to = out + (tokens[n] * shape.heads + head) * dim;
+                choose<T>(dim, heads)(query, keys + g * dim, values + g * dim, to, table, contexts[n], dim, heads, shape,
+                                      scratch);
+            }
         }
     }
 }
@@ -97,7 +159,6 @@ constexpr int kRows = 8;
 constexpr int kRows = 2;
 #endif
 constexpr int64_t kTokensPerTask = 64;
-typedef float Vector __attribute__((vector_size(64), aligned(4)));
 
 // c[kRows][columns] = a[kRows][depth] * b[depth][columns], dense rows of the given lengths; columns in kColumns.
 static void multiply(const float* a, const float* b, float* c, int64_t depth, int64_t columns, int64_t a_row,
@@ -123,27 +184,17 @@ static void multiply(const float* a, const float* b, float* c, int64_t depth, in
 
 static int64_t padded(int64_t size) { return (size + kColumns - 1) / kColumns * kColumns; }
 
-// softmax without its division: row[0, visible) becomes e^(scale * (x - highest)), the rest of it 0. Returns the sum.
-static float exponentials(float* row, int64_t visible, int64_t end, float scale) {
-    float highest = row[0], total = 0.0f;
-#pragma omp simd reduction(max : highest)
-    for (int64_t p = 0; p < visible; p++) highest = row[p] > highest ? row[p] : highest;
-#pragma omp simd reduction(+ : total)
-    for (int64_t p = 0; p < visible; p++) total += row[p] = exponential(scale * (row[p] - highest));
-    for (int64_t p = visible; p < end; p++) row[p] = 0.0f;
-    return total;
-}
-
 // A sequence's keys, turned over, and values of one KV head, in float32: [dim, context] and [context, dim], padded.
 template <typename T>
 static void gather(const T* keys, const T* values, const int64_t* table, int64_t context, int64_t dim,
                    const Shape& shape, float* turned, float* dense) {
     const int64_t pitch = shape.kv_heads * dim, columns = padded(context), width = padded(dim);
-    for (int64_t p = 0; p < context; p++) {
-        int64_t place = (table[p / shape.block_size] * shape.block_size + p % shape.block_size) * pitch;
-        for (int64_t i = 0; i < dim; i++) turned[i * columns + p] = widen(keys[place + i]);
-        for (int64_t i = 0; i < dim; i++) dense[p * width + i] = widen(values[place + i]);
-    }
+    each_row(keys, table, context, pitch, shape, [&](int64_t p, const T* row) {
+        for (int64_t i = 0; i < dim; i++) turned[i * columns + p] = widen(row[i]);
+    });
+    each_row(values, table, context, pitch, shape, [&](int64_t p, const T* row) {
+        for (int64_t i = 0; i < dim; i++) dense[p * width + i] = widen(row[i]);
+    });
 }
 
 // Rows are (token, head of the group) pairs; a row sees the context up to its token, or all of it.
