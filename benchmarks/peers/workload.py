@@ -97,6 +97,7 @@ def add_args(ap):
     ap.add_argument("--out-vary", type=float, default=0.0)
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--warmup", type=int, default=2, help="requests of another seed run first")
+    ap.add_argument("--threads", type=int, help="of each rank (none: the engine's own choice)")
     ap.add_argument("--modes", default="seq,batch", help="seq: one at a time; batch: all together")
     ap.add_argument("--rounds", type=int, default=1, help="times the workload is measured, per mode")
 
@@ -105,6 +106,35 @@ def load(a):
     reqs = requests(a.n, a.out_len, a.out_vary, a.seed)
     warm = requests(a.warmup, a.out_len, 0.0, a.seed + 77)
     return reqs, warm
+
+
+def descendants(pid):
+    """Live children of a process, their children, and so on."""
+    import os
+
+    try:
+        kids = []
+        for t in os.listdir(f"/proc/{pid}/task"):
+            kids += open(f"/proc/{pid}/task/{t}/children").read().split()
+        for k in kids:
+            yield k
+            yield from descendants(k)
+    except OSError:
+        return
+
+
+def cpu_seconds():
+    """Processor time that this process and its live descendants have used: what a busy machine does not stretch."""
+    import os
+
+    ticks = 0
+    for pid in (str(os.getpid()), *descendants(os.getpid())):
+        try:
+            fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peak_rss_mb():
@@ -121,19 +151,8 @@ def peak_rss_mb():
             pass
         return 0.0
 
-    def children(pid):
-        try:
-            kids = []
-            for t in os.listdir(f"/proc/{pid}/task"):
-                kids += open(f"/proc/{pid}/task/{t}/children").read().split()
-            for k in kids:
-                yield k
-                yield from children(k)
-        except OSError:
-            return
-
     own = hwm(os.getpid()) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    kids = [hwm(k) for k in children(os.getpid())]
+    kids = [hwm(k) for k in descendants(os.getpid())]
     return round(own + sum(kids), 1)
 
 
@@ -177,13 +196,13 @@ def measure(engine, modes, a, **extra):
     kept = None
     for rnd in range(a.rounds):
         for mode in a.modes.split(","):
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), cpu_seconds()
             ids, lengths, ttft, tpot = modes[mode]()
-            wall = time.perf_counter() - began
+            wall, cpu = time.perf_counter() - began, cpu_seconds() - cpu
             kept = kept or (ids, lengths)
             same = sum(x == y for x, y in zip(kept[0], ids, strict=True))
             tokens = sum(map(len, ids))
-            facts = {"round": rnd, "dtype": a.dtype, "tp": a.tp, "same_as_first": same, **extra}
+            facts = {"round": rnd, "cpu_s": round(cpu, 2), "dtype": a.dtype, "tp": a.tp, "same_as_first": same, **extra}
             report(engine, mode, len(ids), wall, tokens, ttft, tpot, sum(lengths), **facts)
     save(a.out, engine, a.model, a, *kept)
 
