@@ -215,9 +215,11 @@ class PackedLinear(nn.Module):
 
 def pack_linears(module: nn.Module) -> None:
     """Replaces the loaded `nn.Linear`s inside `module` whose weights have a faster form; they load no more."""
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear) and can_pack(layer.weight):
-            module.set_submodule(name, PackedLinear(packed(cast(nn.Parameter, layer.weight)), layer.bias))
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and can_pack(layer.weight)]
+    for name in names:  # not the layers: each is to go once it is replaced, before the next is copied
+        layer = cast(nn.Linear, module.get_submodule(name))
+        module.set_submodule(name, PackedLinear(packed(cast(nn.Parameter, layer.weight)), layer.bias))
+        del layer
 
 
 def load_layers(module: nn.Module, table: Mapping[str, Sequence[str]], source: WeightSource) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_vlm.version import __version__
 from dist_vlm.workers import wire
-from dist_vlm.workers.allocator import keep_freed_memory
+from dist_vlm.workers.allocator import give_freed_memory_back, keep_freed_memory
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.failure import RankError, describe
 from dist_vlm.workers.pending import FinishedSteps, PendingStep
@@ -109,6 +109,8 @@ class Worker:
         """Builds the runner and loads the model. Returns an encoded `LoadReport`."""
         with self._stage_named("load"):
             self._enter_thread()
+            if self._config.device == "cpu":
+                give_freed_memory_back()  # a loaded matrix is copied into another order, and then freed
             self._runner = self._make_runner(self._config, self._comm)
             return wire.encode(self._runner.load())
 
