@@ -13,14 +13,14 @@ from dist_vlm.workers.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 
-def step():
-    return sum(float(torch.ones(3 << 20)[0]) for _ in range(3))
+def steps(count):
+    for _ in range(count):
+        held = [torch.ones(12 << 20) for _ in range(2)]
+        del held
 
-step()
+steps(5)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    held = [torch.ones(12 << 20) for _ in range(2)]
-    del held
+steps(10)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
