@@ -94,6 +94,8 @@ class LLM:
             )
         if not config.observability.disable_log_stats:
             raise ValueError("disable_log_stats = False: not served by this version; leave it at True")
+        if config.parallel.engine_process:
+            raise ValueError("engine_process = True: an LLM runs the step loop in its caller's thread; use AsyncLLM")
         self.config = config
         self._core = make_core(config, executor)
         self._finalizer = weakref.finalize(self, self._core.shutdown)

@@ -266,6 +266,8 @@ def test_what_an_llm_cannot_be_is_refused(tiny_facts):
         LLM(str(tiny_facts), disable_log_stats=False)
     with pytest.raises(ValueError, match="replicas = 2"):
         LLM.from_config(EngineConfig.from_fields(model=str(tiny_facts), replicas=2))
+    with pytest.raises(ValueError, match="engine_process = True.*use AsyncLLM"):
+        LLM.from_config(EngineConfig.from_fields(model=str(tiny_facts), engine_process=True))
     with pytest.raises(ConfigError, match="quantization"):
         LLM(str(tiny_facts), quantization="awq")
     with pytest.raises(ConfigError, match="max_num_seqz"):

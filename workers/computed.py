@@ -56,15 +56,17 @@ class Computed:
 class LaunchedStep:
     """A step whose tensors are on their way to the host. See `PendingStep`.
 
-    result: the step's result as far as it was known at the launch.
+    result: the step's result as far as it was known at the launch. device: where the step runs.
     """
 
-    def __init__(self, result: StepResult, computed: Computed, slices: Sequence[Slice]) -> None:
+    def __init__(
+        self, result: StepResult, computed: Computed, slices: Sequence[Slice], *, device: torch.device
+    ) -> None:
         self._result = result
         self._computed = computed
         self._slices = slices
         self._arrived: torch.cuda.Event | None = None
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 

@@ -134,7 +134,7 @@ class Runner:
         result = StepResult(plan.step_id, self.config.rank, image_failures=image_failures, counters=counters)
         if computed is None:
             return FinishedStep(result)
-        return LaunchedStep(result, computed, slices)
+        return LaunchedStep(result, computed, slices, device=self.device)
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.release:
