@@ -18,6 +18,7 @@ from dist_vlm.engine.front import Front, load_front
 from dist_vlm.engine.make_core import make_core
 from dist_vlm.engine.process_client import ProcessClient
 from dist_vlm.engine.request_log import RequestLog
+from dist_vlm.engine.state import EngineState
 from dist_vlm.engine.streams import Stream, StreamTable
 from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo
 from dist_vlm.inputs import PromptInputs
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 # Threads that tokenize, decode and resize. Most of that work is done outside Python's lock.
 _MAX_PREPARERS = 8
+
+_SHUT_DOWN = "this AsyncLLM is shut down"
 
 
 class AsyncLLM:
@@ -46,16 +49,19 @@ class AsyncLLM:
         self._start(resolve(engine_config(model=model, tokenizer=tokenizer, **kwargs)), None)
 
     @classmethod
-    def from_config(cls, config: EngineConfig, *, executor: Executor | None = None) -> AsyncLLM:
+    def from_config(
+        cls, config: EngineConfig, *, executor: Executor | None = None, chat_template: str | None = None
+    ) -> AsyncLLM:
         """From a configuration, resolved or not.
 
         executor: takes the place of the one the configuration names, for example a `FakeExecutor` in tests.
+        chat_template: a template, as its text or its file, in place of the checkpoint's own.
         """
         llm = cls.__new__(cls)
-        llm._start(resolve(config), executor)
+        llm._start(resolve(config), executor, chat_template)
         return llm
 
-    def _start(self, config: EngineConfig, executor: Executor | None) -> None:
+    def _start(self, config: EngineConfig, executor: Executor | None, chat_template: str | None = None) -> None:
         _check_served(config, executor)
         self.config = config
         self._is_draining = False
@@ -67,7 +73,9 @@ class AsyncLLM:
         self._finalizer = weakref.finalize(self, _end, self._client, self._streams, self._preparers)
         try:
             # The tokenizer and the image processor load while the ranks start.
-            loading = self._preparers.submit(_load_front, config, self._client.serves_logits_processors)
+            loading = self._preparers.submit(
+                _load_front, config, self._client.serves_logits_processors, chat_template
+            )
             self.executor_info: ExecutorInfo = self._client.start(self._streams.take)
             self._front: Front = loading.result()
         except BaseException:
@@ -156,10 +164,38 @@ class AsyncLLM:
         """Raises `ExecutorError` if the engine cannot go on, `RuntimeError` after a shutdown."""
         self._check_alive()
 
+    async def wait_dead(self) -> ExecutorError:
+        """Waits until the engine cannot go on, and returns why. Raises `RuntimeError` if it is shut down before."""
+        dead = await asyncio.wrap_future(self._client.ended())
+        if dead is None:
+            raise RuntimeError(_SHUT_DOWN)
+        return dead
+
     async def stats(self) -> SchedulerStats:
-        """The scheduler's counts since the start. Raises `ExecutorError` if the engine cannot go on."""
+        """The scheduler's counts since the start. Raises what `state` raises."""
+        return (await self.state()).stats
+
+    async def state(self) -> EngineState:
+        """What the engine holds, once the step under way has ended.
+
+        Raises `ExecutorError` if the engine cannot go on, `RuntimeError` after a shutdown.
+        """
         self._check_alive()
-        return await asyncio.wrap_future(self._client.stats())
+        return await asyncio.wrap_future(self._client.state())
+
+    async def silence_s(self) -> tuple[float, ...]:
+        """Seconds since each rank last finished a step or answered a ping, in rank order. Waits for no step.
+
+        Raises what `state` raises. An engine process that is stopped does not answer, so give the wait a limit, as
+        `asyncio.wait_for` does.
+        """
+        self._check_alive()
+        return await asyncio.wrap_future(self._client.silence())
+
+    @property
+    def front(self) -> Front:
+        """The checkpoint's facts, its tokenizer, and what makes requests of prompts and chats. To be read only."""
+        return self._front
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, a `transformers` one."""
@@ -186,7 +222,7 @@ class AsyncLLM:
         if self.dead_error is not None:
             raise self.dead_error
         if not self._finalizer.alive:
-            raise RuntimeError("this AsyncLLM is shut down")
+            raise RuntimeError(_SHUT_DOWN)
 
     # ---------------------------------------------------- a preparing thread's
 
@@ -237,8 +273,8 @@ def _check_served(config: EngineConfig, executor: Executor | None) -> None:
         )
 
 
-def _load_front(config: EngineConfig, serves_logits_processors: bool) -> Front:
-    front = load_front(config, serves_logits_processors=serves_logits_processors)
+def _load_front(config: EngineConfig, serves_logits_processors: bool, chat_template: str | None) -> Front:
+    front = load_front(config, serves_logits_processors=serves_logits_processors, chat_template=chat_template)
     # A first use sets it to cut off and pad nothing. From here on threads only read it.
     front.tokenizer.encode("a")
     return front

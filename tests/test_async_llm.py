@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ _load_once = functools.cache(load_front)
 def _loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a tokenizer takes longer than most of these tests."""
 
-    def load(config: EngineConfig, *, serves_logits_processors: bool) -> Front:
+    def load(config: EngineConfig, *, serves_logits_processors: bool, chat_template: str | None) -> Front:
+        assert chat_template is None
         return _load_once(config.replace(engine_process=False), serves_logits_processors=serves_logits_processors)
 
     monkeypatch.setattr("dist_vlm.async_llm.load_front", load)
@@ -589,6 +591,102 @@ async def as_coroutine(call: Callable[[], Awaitable[Any]]) -> Any:
     return await call()
 
 
+# ---------------------------------------------------------- is it alive, what does it hold
+
+
+@pytest.mark.parametrize("engine_process", [False, True])
+def test_the_state_and_the_silence_of_the_ranks_are_told(make: Make, engine_process: bool) -> None:
+    llm = make(engine_process=engine_process)
+
+    async def run() -> None:
+        await whole(llm.generate("hello", GREEDY))
+        state = await llm.state()
+        # The prompt, and the answer but for its last token, in blocks of 16; they fill none.
+        output = await whole(llm.generate("hello", GREEDY))
+        assert len(output.prompt_token_ids) + 5 < 16
+        assert state.stats.num_scheduled_tokens == len(output.prompt_token_ids) + 5
+        assert (state.num_blocks, state.num_held_blocks, state.num_cached_blocks) == (64, 0, 0)
+        assert (state.num_running, state.num_waiting, state.num_staging, state.staged_bytes) == (0, 0, 0, 0)
+        assert (await llm.stats()).num_scheduled_tokens == 2 * state.stats.num_scheduled_tokens
+        (silence,) = await llm.silence_s()
+        assert 0.0 <= silence < 1.0
+
+    asyncio.run(run())
+    assert llm.front.tokenizer is llm.get_tokenizer()
+
+
+def test_a_stopped_engine_process_holds_up_whoever_asks_it_and_nobody_else(make: Make) -> None:
+    llm = make(engine_process=True)
+    pid: int = llm._client.pid  # type: ignore[attr-defined]
+
+    async def longest_pause(until_done: asyncio.Task[Any]) -> float:
+        longest, last = 0.0, time.monotonic()
+        while not until_done.done():
+            await asyncio.sleep(0.005)
+            now = time.monotonic()
+            longest, last = max(longest, now - last), now
+        return longest
+
+    async def run() -> None:
+        assert await llm.silence_s()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for _ in range(2):
+                asking = asyncio.ensure_future(asyncio.wait_for(llm.silence_s(), 0.3))
+                assert await longest_pause(asking) < 0.2
+                with pytest.raises(TimeoutError):
+                    await asking
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        (silence,) = await asyncio.wait_for(llm.silence_s(), 5)
+        assert 0.0 <= silence < 1.0
+        assert (await whole(llm.generate("hello", GREEDY))).error is None
+
+    asyncio.run(run())
+
+
+def test_a_death_wakes_all_who_wait_for_it_though_nobody_asks_for_anything(config: EngineConfig) -> None:
+    lost, executor = ExecutorError("step", "its process died", 1), FakeExecutor(num_blocks=64)
+    llm = AsyncLLM.from_config(config, executor=executor)
+
+    async def wait() -> tuple[ExecutorError, float]:
+        given_up = asyncio.ensure_future(llm.wait_dead())
+        await asyncio.sleep(0)
+        given_up.cancel()
+        return await llm.wait_dead(), time.monotonic()
+
+    with ThreadPoolExecutor(2) as loops:
+        waiting = [loops.submit(asyncio.run, wait()) for _ in range(2)]
+        time.sleep(0.1)
+        assert not any(one.done() for one in waiting)
+        began = time.monotonic()
+        executor.lose(lost)
+        for one in waiting:
+            dead, at = one.result(5)
+            assert dead is lost
+            assert at - began < NOTICE_S
+    assert asyncio.run(llm.wait_dead()) is lost
+    for call in (llm.state, llm.silence_s):
+        with pytest.raises(ExecutorError, match="its process died"):
+            asyncio.run(as_coroutine(call))
+    llm.shutdown()
+    assert asyncio.run(llm.wait_dead()) is lost
+
+
+def test_a_shutdown_ends_the_wait_for_a_death(make: Make) -> None:
+    llm = make()
+
+    async def run() -> None:
+        waiting = asyncio.ensure_future(llm.wait_dead())
+        await asyncio.sleep(0.01)
+        await asyncio.to_thread(llm.shutdown)
+        await waiting
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="this AsyncLLM is shut down"):
+            asyncio.run(run())
+
+
 # ------------------------------------------------------------ leaving, aborts
 
 
@@ -735,7 +833,8 @@ def test_shutdown_ends_what_runs_and_says_so_afterwards(make: Make, engine_proce
     assert (output.error, output.outputs[0].finish_reason) == ("the engine is shut down", "error")
     assert not llm.is_running
     assert not llm.errored
-    for call in (llm.stats, llm.check_health, lambda: anext(llm.generate("hello", GREEDY))):
+    calls = (llm.stats, llm.state, llm.silence_s, llm.check_health, lambda: anext(llm.generate("hello", GREEDY)))
+    for call in calls:
         with pytest.raises(RuntimeError, match="this AsyncLLM is shut down"):
             asyncio.run(as_coroutine(call))
     llm.shutdown()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Sequence
 
 from dist_vlm.engine.messages import EngineOutput, EngineRequest
 from dist_vlm.engine.staging import StagingArea
+from dist_vlm.engine.state import EngineState
 from dist_vlm.executor.base import Executor, ExecutorInfo
 from dist_vlm.sampling import LogitsProcessor
 from dist_vlm.sched.block_pool import BlockPool
@@ -22,7 +24,7 @@ _STAGING_POLL_S = 0.0005
 
 
 class EngineCore:
-    """Owns the scheduler and drives the executor. Not safe for use from several threads.
+    """Owns the scheduler and drives the executor. Not safe for use from several threads, `silence` apart.
 
     depth: plans in flight at most: with two, the ranks compute one while the driver works on the other.
     feature_rows: most feature rows of encoded images the ranks hold at once; None is unlimited.
@@ -81,6 +83,32 @@ class EngineCore:
     @property
     def stats(self) -> SchedulerStats:
         return self.scheduler.stats
+
+    def state(self) -> EngineState:
+        scheduler, staging = self.scheduler, self._staging
+        return EngineState(
+            stats=copy.copy(scheduler.stats),
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_staging=staging.num_waiting,
+            num_blocks=scheduler.pool.num_blocks,
+            num_held_blocks=scheduler.pool.num_held,
+            num_cached_blocks=scheduler.pool.num_cached,
+            num_feature_rows=scheduler.features.num_rows,
+            feature_row_capacity=scheduler.features.capacity_rows,
+            num_staged_images=staging.num_staged,
+            staged_bytes=staging.num_bytes,
+        )
+
+    def silence(self) -> tuple[float, ...]:
+        """Seconds since each rank last finished a step or answered a ping, in rank order. From any thread, at once."""
+        heard_at = self._executor.heard_at()
+        now = time.monotonic()
+        return tuple(max(0.0, now - heard) for heard in heard_at)
+
+    def check(self) -> None:
+        """Raises `ExecutorError` if ranks are lost. For when there is no work, whose steps would tell; cheap."""
+        self._executor.check()
 
     @property
     def request_ids(self) -> tuple[str, ...]:

@@ -6,11 +6,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from dist_vlm.engine.messages import EngineOutput, EngineRequest
+from dist_vlm.engine.question import Question
+from dist_vlm.engine.state import EngineState
 from dist_vlm.executor.base import ExecutorError, ExecutorInfo
 from dist_vlm.sampling import LogitsProcessor
-from dist_vlm.sched.scheduler import SchedulerStats
 
 OnOutputs = Callable[[list[EngineOutput]], None]
 
@@ -33,8 +35,10 @@ class CoreClient(ABC):
         self._on_outputs: OnOutputs = _nobody_listens
         self._books = threading.Lock()
         self._open: set[str] = set()
-        self._asked: list[Future[SchedulerStats]] = []
         self._refusal: str | None = None
+        self._watchers: list[Future[ExecutorError | None]] = []
+        self._questions: list[Question[Any]] = []
+        self._states: Question[EngineState] = self._question(self._ask_state)
 
     def start(self, on_outputs: OnOutputs) -> ExecutorInfo:
         """Starts the ranks. Raises `StartError`, or `ValueError` if the longest sequence does not fit the KV cache.
@@ -73,17 +77,27 @@ class CoreClient(ABC):
         """
         raise ValueError(f"logits_processors = {processors!r}: functions cannot enter the engine's process")
 
-    def stats(self) -> Future[SchedulerStats]:
-        """The scheduler's counts since the start; the future raises `ExecutorError` if the core is not running."""
-        reply: Future[SchedulerStats] = Future()
+    def state(self) -> Future[EngineState]:
+        """What the core holds, after the step under way; the future raises `ExecutorError` if the core has ended."""
+        return self._states.ask()
+
+    @abstractmethod
+    def silence(self) -> Future[tuple[float, ...]]:
+        """Seconds since each rank last finished a step or answered a ping, in rank order; waits for no step.
+
+        The future raises `ExecutorError` if the core has ended. It may wait for ever for a process that is stopped, and
+        can be cancelled.
+        """
+
+    def ended(self) -> Future[ExecutorError | None]:
+        """Done once the core has ended: with what `dead` is then. Can be cancelled."""
+        reply: Future[ExecutorError | None] = Future()
         with self._books:
-            refusal, dead = self._refusal, self.dead
-            if refusal is None:
-                self._asked.append(reply)
-        if refusal is None:
-            self._ask_stats()
-        else:
-            reply.set_exception(dead or ExecutorError("stats", refusal))
+            has_ended = self._refusal is not None
+            if not has_ended:
+                self._watchers = [one for one in self._watchers if not one.cancelled()] + [reply]
+        if has_ended:
+            reply.set_result(self.dead)
         return reply
 
     @abstractmethod
@@ -100,8 +114,13 @@ class CoreClient(ABC):
         """Passes a request on without waiting for the core."""
 
     @abstractmethod
-    def _ask_stats(self) -> None:
-        """Has the core call `_answer_stats` soon."""
+    def _ask_state(self) -> None:
+        """Has the core answer `_states` soon, in a thread of its own."""
+
+    def _question(self, send: Callable[[], None]) -> Question[Any]:
+        """A question that ends with the core. send: has the core answer it soon."""
+        self._questions.append(Question(send))
+        return self._questions[-1]
 
     def _tell(self, outputs: Sequence[EngineOutput]) -> None:
         """Passes news on, but for requests that `_close` has ended."""
@@ -111,13 +130,6 @@ class CoreClient(ABC):
         if news:
             self._on_outputs(news)
 
-    def _answer_stats(self, stats: SchedulerStats) -> None:
-        with self._books:
-            asked, self._asked = self._asked, []
-        for reply in asked:
-            if reply.set_running_or_notify_cancel():
-                reply.set_result(stats)
-
     def _close(self, refusal: str, dead: ExecutorError | None = None) -> None:
         """Ends all requests, and those still to come, with this error. The first call counts."""
         with self._books:
@@ -126,11 +138,22 @@ class CoreClient(ABC):
             self._refusal, self.dead = refusal, dead
             ended = sorted(self._open)
             self._open.clear()
-            asked, self._asked = self._asked, []
-        for reply in asked:
-            if reply.set_running_or_notify_cancel():
-                reply.set_exception(dead or ExecutorError("stats", refusal))
+            watchers, self._watchers = self._watchers, []
+        for question in self._questions:
+            question.end(dead or _ended(refusal))
+        for watcher in watchers:
+            if watcher.set_running_or_notify_cancel():
+                watcher.set_result(dead)
         self._on_outputs([error_output(request_id, refusal) for request_id in ended])
+
+    def _end_error(self) -> ExecutorError | None:
+        """What one who asks the core for something gets once it has ended; None while it runs."""
+        with self._books:
+            return self.dead or (None if self._refusal is None else _ended(self._refusal))
+
+
+def _ended(refusal: str) -> ExecutorError:
+    return ExecutorError("engine", refusal)
 
 
 def error_output(request_id: str, cause: str) -> EngineOutput:

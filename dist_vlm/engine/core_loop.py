@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -20,13 +20,15 @@ _log = logging.getLogger(__name__)
 
 # Commands taken between two steps: a burst of arrivals, each with images to stage, does not hold up what runs.
 _COMMANDS_PER_STEP = 16
+# How often an idle core looks whether its ranks are all there.
+_CHECK_S = 0.5
 # How long a shutdown waits for the step under way before it takes the ranks from under it, and then for the thread.
 _GRACE_S = 2.0
 _JOIN_S = 10.0
 
 
 class CoreLoop(CoreClient):
-    """Runs a core step by step while it has work, and sleeps on its queue while it has none.
+    """Runs a core step by step while it has work; while it has none, sleeps on its queue and checks the ranks.
 
     The core starts in the thread that calls `start`, and belongs to the loop's thread from then on.
     """
@@ -49,6 +51,15 @@ class CoreLoop(CoreClient):
         if not self.serves_logits_processors:
             super().set_processors(name, processors)
         self._commands.put(partial(self._set_processors, name, processors))
+
+    def silence(self) -> Future[tuple[float, ...]]:
+        reply: Future[tuple[float, ...]] = Future()
+        error = self._end_error()
+        if error is None:
+            reply.set_result(self._core.silence())
+        else:
+            reply.set_exception(error)
+        return reply
 
     def shutdown(self) -> None:
         atexit.unregister(self.shutdown)
@@ -76,8 +87,8 @@ class CoreLoop(CoreClient):
     def _send_request(self, request: EngineRequest) -> None:
         self._commands.put(partial(self._add, request))
 
-    def _ask_stats(self) -> None:
-        self._commands.put(self._tell_stats)
+    def _ask_state(self) -> None:
+        self._commands.put(self._tell_state)
 
     # ------------------------------------------------------- the loop's thread
 
@@ -86,8 +97,12 @@ class CoreLoop(CoreClient):
         try:
             while not self._closing:
                 self._tell(self._take_commands())
-                if self._core.has_work and not self._closing:
+                if self._closing:
+                    break
+                if self._core.has_work:
                     self._tell(self._core.step())
+                else:
+                    self._core.check()
         except BaseException as error:
             if not self._closing:
                 self._break_off(error)
@@ -97,12 +112,12 @@ class CoreLoop(CoreClient):
             self._end_core()
 
     def _take_commands(self) -> list[EngineOutput]:
-        """Waits for a command where there is nothing else to do."""
+        """Waits a while for a command where there is nothing else to do."""
         outputs: list[EngineOutput] = []
         wait = not self._core.has_work
         for _ in range(_COMMANDS_PER_STEP):
             try:
-                command = self._commands.get(block=wait)
+                command = self._commands.get(block=wait, timeout=_CHECK_S)
             except Empty:
                 break
             outputs += command()
@@ -120,8 +135,8 @@ class CoreLoop(CoreClient):
         self._core.set_processors(name, processors)
         return []
 
-    def _tell_stats(self) -> list[EngineOutput]:
-        self._answer_stats(copy.copy(self._core.stats))
+    def _tell_state(self) -> list[EngineOutput]:
+        self._states.answer(self._core.state())
         return []
 
     def _break_off(self, error: BaseException) -> None:

@@ -13,9 +13,9 @@ from typing import Any, cast
 import numpy as np
 
 from dist_vlm.engine.messages import EngineImage, EngineOutput, EngineRequest
+from dist_vlm.engine.state import EngineState
 from dist_vlm.executor.base import ExecutorInfo, StageKind
 from dist_vlm.sched.request import FinishReason
-from dist_vlm.sched.scheduler import SchedulerStats
 from dist_vlm.workers import wire
 from dist_vlm.workers.plan import ImageSpan, SamplingRow, TokenLogprobs
 
@@ -62,8 +62,13 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
-class AskStats:
-    """Asks for `Stats`."""
+class AskState:
+    """Asks for `State`, which comes after the step under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskSilence:
+    """Asks for `Silence`, which comes at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +111,22 @@ class Outputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
-    stats: SchedulerStats
+class State:
+    state: EngineState
 
 
-Message = Configure | Add | Abort | AskStats | Started | Failure | Outputs | Stats
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """seconds: since each rank was last heard, in rank order."""
 
-_CLASSES: tuple[type[Any], ...] = (Configure, Add, Abort, AskStats, Started, Failure, Outputs, Stats)
+    seconds: tuple[float, ...]
+
+
+Message = Configure | Add | Abort | AskState | AskSilence | Started | Failure | Outputs | State | Silence
+
+_CLASSES: tuple[type[Any], ...] = (
+    Configure, Add, Abort, AskState, AskSilence, Started, Failure, Outputs, State, Silence,
+)  # fmt: skip
 _TAGS = {cls: bytes([tag]) for tag, cls in enumerate(_CLASSES)}
 
 

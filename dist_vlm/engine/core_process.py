@@ -25,8 +25,8 @@ from dist_vlm.engine import core_messages as messages
 from dist_vlm.engine.core_loop import CoreLoop
 from dist_vlm.engine.make_core import make_core
 from dist_vlm.engine.messages import EngineOutput
+from dist_vlm.engine.state import EngineState
 from dist_vlm.executor.base import ExecutorError
-from dist_vlm.sched.scheduler import SchedulerStats
 from dist_vlm.workers import wire
 from dist_vlm.workers.failure import describe
 from dist_vlm.workers.frames import receive_frame, send_frame
@@ -97,10 +97,16 @@ class CoreProcess:
             self._loop.add(messages.request_of(message))
         elif isinstance(message, messages.Abort):
             self._loop.abort(message.request_id)
-        elif isinstance(message, messages.AskStats):
-            self._loop.stats().add_done_callback(self._send_stats)
+        elif isinstance(message, messages.AskState):
+            self._loop.state().add_done_callback(self._send_state)
+        elif isinstance(message, messages.AskSilence):
+            self._loop.silence().add_done_callback(self._send_silence)
         else:
             raise wire.WireError(f"{type(message).__name__} from the front")
+
+    def _send_silence(self, reply: Future[tuple[float, ...]]) -> None:
+        if reply.exception() is None:  # else the front is told of the end by itself
+            self._send(messages.Silence(reply.result()))
 
     # ------------------------------------------------------- the loop's thread
 
@@ -112,9 +118,9 @@ class CoreProcess:
         if outputs:
             self._send(messages.Outputs(tuple(messages.output_message(output) for output in outputs)))
 
-    def _send_stats(self, reply: Future[SchedulerStats]) -> None:
-        if reply.exception() is None:  # else the front is told of the end by itself
-            self._send(messages.Stats(reply.result()))
+    def _send_state(self, reply: Future[EngineState]) -> None:
+        if reply.exception() is None:  # as above
+            self._send(messages.State(reply.result()))
 
     def _send(self, message: messages.Message) -> None:
         frame = messages.pack(message)

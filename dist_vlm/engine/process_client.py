@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from queue import SimpleQueue
 
@@ -21,6 +22,7 @@ from dist_vlm.engine import core_messages as messages
 from dist_vlm.engine.child_session import reap
 from dist_vlm.engine.core_client import SHUT_DOWN, CoreClient
 from dist_vlm.engine.messages import EngineRequest
+from dist_vlm.engine.question import Question
 from dist_vlm.executor.base import ExecutorError, ExecutorInfo, StartError
 from dist_vlm.executor.ray_cluster import import_root
 from dist_vlm.workers import wire
@@ -58,6 +60,7 @@ class ProcessClient(CoreClient):
         self._reaping = threading.Lock()
         self._ending = threading.Lock()
         self._closing = False
+        self._silences: Question[tuple[float, ...]] = self._question(self._ask_silence)
 
     @property
     def pid(self) -> int | None:
@@ -66,6 +69,9 @@ class ProcessClient(CoreClient):
 
     def abort(self, request_id: str) -> None:
         self._outbox.put(messages.pack(messages.Abort(request_id)))
+
+    def silence(self) -> Future[tuple[float, ...]]:
+        return self._silences.ask()
 
     def shutdown(self) -> None:
         atexit.unregister(self.shutdown)
@@ -140,8 +146,11 @@ class ProcessClient(CoreClient):
     def _send_request(self, request: EngineRequest) -> None:
         self._outbox.put(messages.pack(messages.add_message(request)))
 
-    def _ask_stats(self) -> None:
-        self._outbox.put(messages.pack(messages.AskStats()))
+    def _ask_state(self) -> None:
+        self._outbox.put(messages.pack(messages.AskState()))
+
+    def _ask_silence(self) -> None:
+        self._outbox.put(messages.pack(messages.AskSilence()))
 
     # ------------------------------------------------------ the client's threads
 
@@ -170,8 +179,10 @@ class ProcessClient(CoreClient):
     def _take(self, message: messages.Message) -> None:
         if isinstance(message, messages.Outputs):
             self._tell([messages.output_of(output) for output in message.outputs])
-        elif isinstance(message, messages.Stats):
-            self._answer_stats(message.stats)
+        elif isinstance(message, messages.State):
+            self._states.answer(message.state)
+        elif isinstance(message, messages.Silence):
+            self._silences.answer(message.seconds)
         elif isinstance(message, messages.Failure):
             dead = ExecutorError(message.stage, message.cause, message.rank)
             self._close(str(dead), dead)

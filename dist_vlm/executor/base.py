@@ -55,7 +55,7 @@ class ExecutorInfo:
 
 
 class Executor(ABC):
-    """Owns the ranks. Not safe for use from several threads.
+    """Owns the ranks. Not safe for use from several threads, `heard_at` apart.
 
     serves_logits_processors: whether a rank can call functions of the driver's process.
     last_results: every rank's result of the plan collected last, in rank order.
@@ -106,6 +106,17 @@ class Executor(ABC):
         """
         cause = "logits processors are functions of this process: only the executor 'inline' has its rank here"
         raise ExecutorError("set_processors", cause)
+
+    @abstractmethod
+    def heard_at(self) -> tuple[float, ...]:
+        """`time.monotonic()` at which each rank last finished a step or answered a ping, in rank order.
+
+        Empty before the start. May be called from any thread, and does not block.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises `ExecutorError` if ranks are lost: so a death is noticed while there is no plan to collect. Cheap."""
 
     @abstractmethod
     def shutdown(self) -> None:

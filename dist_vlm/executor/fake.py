@@ -34,8 +34,10 @@ class FakeExecutor(Executor):
     fail_steps: step id -> the error that `collect` raises in place of the step's result, and ever after.
     staging_polls: calls of `poll_staged` that find nothing before an image arrives.
     step_delay_s: how long a step takes. It begins when its plan is submitted, or when the step before it ends.
+    num_ranks: ranks whose load is reported and who are heard. The answers are rank 0's alone.
 
     plans: every plan submitted, in order.
+    silent_since: rank -> `time.monotonic()` at which it was last heard, for a test to set. The others are heard now.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class FakeExecutor(Executor):
         fail_steps: Mapping[int, ExecutorError] | None = None,
         staging_polls: int = 0,
         step_delay_s: float = 0.0,
+        num_ranks: int = 1,
     ) -> None:
         images, slots = dict(fail_images or {}), dict(fail_slots or {})
         limits = Limits(num_blocks, block_size, max_num_seqs, max_num_batched_tokens, max_model_len)
@@ -62,6 +65,7 @@ class FakeExecutor(Executor):
         self._fail_steps = dict(fail_steps or {})
         self._staging_polls = staging_polls
         self._step_delay_s = step_delay_s
+        self._num_ranks = num_ranks
         self._arriving: dict[str, tuple[int, int | None]] = {}
         self._known: set[str] = set()
         self._in_flight: deque[tuple[StepPlan, StepResult, float]] = deque()
@@ -69,6 +73,7 @@ class FakeExecutor(Executor):
         self._state = "new"
         self._dead: ExecutorError | None = None
         self.plans: list[StepPlan] = []
+        self.silent_since: dict[int, float] = {}
 
     @property
     def live_slots(self) -> tuple[int, ...]:
@@ -90,18 +95,11 @@ class FakeExecutor(Executor):
             raise ContractError(f"start() of an executor that is {self._state}")
         self._state = "started"
         blocks = self._ledger.limits.num_blocks
-        report = LoadReport(
-            rank=0,
-            num_language_parameters=0,
-            num_vision_parameters=0,
-            weight_bytes=0,
-            peak_load_bytes=0,
-            kv_block_bytes=0,
-            num_blocks=blocks,
-            kernels={},
-            load_us=0,
-        )
-        return ExecutorInfo(num_blocks=blocks, reports=(report,))
+        return ExecutorInfo(num_blocks=blocks, reports=tuple(_report(rank, blocks) for rank in range(self._num_ranks)))
+
+    def lose(self, error: ExecutorError) -> None:
+        """The ranks are lost, as when one dies while nobody steps: every call raises this from now on."""
+        self._dead = error
 
     def stage(self, key: str, kind: StageKind, array: np.ndarray) -> None:
         self._require_started()
@@ -155,12 +153,22 @@ class FakeExecutor(Executor):
         if self._step_delay_s > 0:
             time.sleep(max(0.0, end - time.monotonic()))
         self._in_flight.popleft()
-        self._dead = self._fail_steps.get(plan.step_id)
+        if plan.step_id in self._fail_steps:
+            self._dead = self._fail_steps[plan.step_id]
         if self._dead is not None:
             raise self._dead
         self._ledger.collected = plan.step_id
         self.last_results = (result,)
         return result
+
+    def heard_at(self) -> tuple[float, ...]:
+        if self._state == "new":
+            return ()
+        now = time.monotonic()
+        return tuple(self.silent_since.get(rank, now) for rank in range(self._num_ranks))
+
+    def check(self) -> None:
+        self._require_started()
 
     def shutdown(self) -> None:
         self._state = "shut down"
@@ -171,3 +179,17 @@ class FakeExecutor(Executor):
             raise ContractError(f"a call of an executor that is {self._state}")
         if self._dead is not None:
             raise self._dead
+
+
+def _report(rank: int, num_blocks: int) -> LoadReport:
+    return LoadReport(
+        rank=rank,
+        num_language_parameters=0,
+        num_vision_parameters=0,
+        weight_bytes=0,
+        peak_load_bytes=0,
+        kv_block_bytes=0,
+        num_blocks=num_blocks,
+        kernels={},
+        load_us=0,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -118,6 +119,16 @@ class InlineExecutor(Executor):
         worker, thread = self._alive()
         # In order with the plans: one in flight may still name what is forgotten here.
         thread.post(worker.set_processors, name, processors)
+
+    def heard_at(self) -> tuple[float, ...]:
+        """The rank is this process: an idle one is heard now, one in a step has not been heard since it began."""
+        if self._thread is None:
+            return ()
+        busy_since = self._thread.busy_since
+        return (time.monotonic() if busy_since is None else busy_since,)
+
+    def check(self) -> None:
+        self._alive()
 
     def shutdown(self) -> None:
         """Waits for the step under way."""

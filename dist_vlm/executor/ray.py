@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dist_vlm.executor import placement
 from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo, StagedImage, StageKind, StartError
 from dist_vlm.executor.deadline import Deadline
+from dist_vlm.executor.heartbeat import Heartbeat
 from dist_vlm.executor.in_flight import PlansInFlight
 from dist_vlm.executor.ray_cluster import RayCluster
 from dist_vlm.executor.ray_start import create_actors, start_ranks
@@ -76,6 +77,7 @@ class RayExecutor(Executor):
         self._transport: Transport | None = None
         self._plans: PlansInFlight | None = None
         self._watch: DeathWatch | None = None
+        self._heartbeat: Heartbeat | None = None
         self._images = ImageStaging(self._actors)
         self._dead: ExecutorError | None = None
 
@@ -122,6 +124,7 @@ class RayExecutor(Executor):
             num_blocks=self._num_blocks,
         )
         self._open_transport(deadline)
+        self._heartbeat = Heartbeat(self._actors)
         deadline.lap("transport")
         return dataclasses.replace(info, start_seconds=deadline.laps)
 
@@ -171,16 +174,26 @@ class RayExecutor(Executor):
             self.last_results = plans.collect(self._step_timeout_s)
         except _FAILURES as error:
             raise self._fail(error) from None
+        if self._heartbeat is not None:
+            self._heartbeat.heard()
         return self.last_results[0]
+
+    def heard_at(self) -> tuple[float, ...]:
+        heartbeat = self._heartbeat
+        return () if heartbeat is None else heartbeat.heard_at()
+
+    def check(self) -> None:
+        self._alive()
 
     def shutdown(self) -> None:
         atexit.unregister(self.shutdown)
         if self._dead is None:
             self._dead = ExecutorError("step", "the executor is shut down")
-        if self._watch is not None:
-            self._watch.stop()
+        self._stop_watching()
         # Killed first: closing the transport would wait for a rank that is stuck in a step.
         self._kill_ranks()
+        if self._heartbeat is not None:
+            self._heartbeat.join()
         if self._watch is not None:
             self._watch.join()
             self._watch = None
@@ -207,8 +220,7 @@ class RayExecutor(Executor):
         """Names who is to blame for a failed step, and ends every rank: they no longer hold the same state."""
         self._dead = self._explain(error)
         _log.error("%s", self._dead)
-        if self._watch is not None:
-            self._watch.stop()
+        self._stop_watching()
         self._kill_ranks()
         if self._transport is not None:
             self._transport.close()
@@ -246,6 +258,12 @@ class RayExecutor(Executor):
         self._kill_ranks()
         if self._transport is not None:
             self._transport.close()
+
+    def _stop_watching(self) -> None:
+        """What becomes of the ranks from here on is our own doing."""
+        for observer in (self._watch, self._heartbeat):
+            if observer is not None:
+                observer.stop()
 
     def _kill_ranks(self) -> None:
         import ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -23,12 +24,19 @@ class ThreadTransport(Transport):
         self._step = step
         self._depth = depth
         self._idents: list[int] = []
+        self._began: list[float] = []
         # The thread must hold no reference to this object, or it would outlive it.
         idents = self._idents
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="inline-rank", initializer=lambda: idents.append(threading.get_ident())
         )
         self._unanswered: deque[Future[bytes]] = deque()
+
+    @property
+    def busy_since(self) -> float | None:
+        """`time.monotonic()` at which what runs in the thread began; None if nothing runs. From any thread."""
+        began = self._began[:]
+        return began[0] if began else None
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs a function in the thread, after all that was sent before. Returns or raises what it does."""
@@ -37,7 +45,7 @@ class ThreadTransport(Transport):
     def post(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """As `call`, without waiting."""
         try:
-            return self._thread.submit(function, *arguments)
+            return self._thread.submit(_timed, self._began, function, *arguments)
         except RuntimeError:  # the pool was shut down, here or by the interpreter's exit
             raise TransportClosedError("the rank's thread has ended") from None
 
@@ -63,3 +71,12 @@ class ThreadTransport(Transport):
         """Waits for the step under way; messages behind it are dropped."""
         # The garbage collector, which may close an engine, runs in any thread, this one included.
         self._thread.shutdown(wait=threading.get_ident() not in self._idents, cancel_futures=True)
+
+
+def _timed(began: list[float], function: Callable[..., Any], *arguments: Any) -> Any:
+    """In the rank's thread: calls the function; `began` tells when, as long as it runs."""
+    began.append(time.monotonic())
+    try:
+        return function(*arguments)
+    finally:
+        began.clear()

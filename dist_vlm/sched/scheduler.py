@@ -38,6 +38,8 @@ class SchedulerStats:
 
     num_image_cuts: slices that ended inside an image.
     num_queried_tokens, num_hit_tokens: tokens known when a request began to run, and those of them found cached.
+    num_queried_images, num_hit_images: images that a request still needed when it began to run, and those of them that
+        were encoded already, or being encoded for another.
     """
 
     num_steps: int = 0
@@ -47,6 +49,8 @@ class SchedulerStats:
     num_image_cuts: int = 0
     num_queried_tokens: int = 0
     num_hit_tokens: int = 0
+    num_queried_images: int = 0
+    num_hit_images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +217,9 @@ class Scheduler:
         if request.first_scheduled_time is None:
             request.first_scheduled_time = time.time()
             request.num_cached_tokens = request.num_planned
+        images = _images_ahead(request)
+        self.stats.num_queried_images += len(images)
+        self.stats.num_hit_images += sum(map(self.features.is_resident, images))
         self.pool.share(cached)
         request.block_ids.extend(cached)
         self.prefix_cache.begin(request, len(cached))
@@ -282,8 +289,7 @@ class Scheduler:
 
     def _end_needs(self, request: Request) -> None:
         """Gives up the images that no position still to be computed lies in."""
-        ahead = {span.image for span in request.images if span.end > request.num_planned}
-        behind = {span.image for span in request.images} - ahead
+        behind = {span.image for span in request.images} - _images_ahead(request)
         self.features.give_up(behind, request.request_id)
 
     def _preempt(self, request: Request) -> None:
@@ -450,6 +456,11 @@ class Scheduler:
             raise BooksError("a request is in no queue, or in a queue and forgotten")
         if not self.has_work and (self.pool.num_held or self._leaving):
             raise BooksError(f"idle with {self.pool.num_held} blocks held")
+
+
+def _images_ahead(request: Request) -> set[str]:
+    """The images that a position still to be computed lies in."""
+    return {span.image for span in request.images if span.end > request.num_planned}
 
 
 def _untold(request: Request, logprobs: PromptLogprobs | None) -> tuple[TokenLogprobs, ...]:

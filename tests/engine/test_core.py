@@ -1,10 +1,14 @@
+import time
+
 import numpy as np
 import pytest
 
 from dist_vlm.engine.core import EngineCore
 from dist_vlm.engine.messages import EngineImage, EngineRequest
+from dist_vlm.engine.state import EngineState
 from dist_vlm.executor.base import ExecutorError
 from dist_vlm.executor.fake import FakeExecutor, checksum_token
+from dist_vlm.sched.scheduler import SchedulerStats
 from dist_vlm.workers.plan import ImageSpan, SamplingRow
 
 
@@ -15,9 +19,17 @@ def request(name, length=5, max_tokens=4, image=None):
     return EngineRequest(name, prompt, images, SamplingRow(), max_tokens, frozenset())
 
 
-def engine(depth=1, **script):
+def engine(depth=1, feature_rows=None, **script):
     executor = FakeExecutor(num_blocks=16, block_size=4, max_num_seqs=3, max_num_batched_tokens=8, **script)
-    core = EngineCore(executor, block_size=4, max_model_len=64, max_num_seqs=3, max_num_batched_tokens=8, depth=depth)
+    core = EngineCore(
+        executor,
+        block_size=4,
+        max_model_len=64,
+        max_num_seqs=3,
+        max_num_batched_tokens=8,
+        depth=depth,
+        feature_rows=feature_rows,
+    )
     core.start()
     return core, executor
 
@@ -126,3 +138,51 @@ def test_a_request_whose_image_never_arrives_fails_alone_in_time():
     assert ends == {"stuck": ("error", "an image could not be staged"), "good": ("length", None)}
     assert tokens["good"] == expected(request("good"))
     assert executor.staged_images == ()
+
+
+def test_the_state_is_what_a_scripted_run_adds_up_to():
+    core, _ = engine(feature_rows=12, staging_polls=1)
+    empty = EngineState(SchedulerStats(), 0, 0, 0, 16, 0, 0, 0, 12, 0, 0)
+    assert core.state() == empty
+    for name in "abcd":
+        core.add(request(name))
+    core.add(request("e", 9, image="x"))
+    assert core.state() == EngineState(
+        SchedulerStats(), num_running=0, num_waiting=4, num_staging=1, num_blocks=16, num_held_blocks=0,
+        num_cached_blocks=0, num_feature_rows=0, feature_row_capacity=12, num_staged_images=1, staged_bytes=48,
+    )  # fmt: skip
+    core.step()
+    # A budget of eight tokens: a's prompt of five, in two blocks, and three of b's, in one. Two have a slot.
+    state = core.state()
+    assert (state.num_running, state.num_waiting, state.num_staging, state.num_held_blocks) == (2, 2, 1, 3)
+    assert (state.stats.num_steps, state.stats.num_scheduled_tokens) == (1, 8)
+    assert state.stats is not core.stats, "a copy: the core goes on counting"
+    core.step()  # the image has arrived
+    assert core.state().num_staging == 0
+    drain(core)
+    # Every prompt and all of the answers but their last tokens: 4 x (5 + 3) + 9 + 3 positions in blocks of four, whose
+    # full ones are kept. The image's three rows are kept too, but not the image.
+    state = core.state()
+    assert state.stats.num_scheduled_tokens == 4 * 8 + 12
+    assert (state.stats.num_queried_images, state.stats.num_hit_images, state.stats.num_encoded_images) == (1, 0, 1)
+    assert state == EngineState(
+        state.stats, num_running=0, num_waiting=0, num_staging=0, num_blocks=16, num_held_blocks=0,
+        num_cached_blocks=4 * 2 + 3, num_feature_rows=3, feature_row_capacity=12, num_staged_images=0, staged_bytes=0,
+    )  # fmt: skip
+
+
+def test_silence_is_counted_from_when_a_rank_was_heard():
+    core, executor = engine(num_ranks=3)
+    executor.silent_since = {1: time.monotonic() - 7.0, 2: time.monotonic() + 60.0}
+    first, second, third = core.silence()
+    assert 0.0 <= first < 1.0
+    assert 7.0 <= second < 8.0
+    assert third == 0.0
+
+
+def test_ranks_lost_while_there_is_no_work_are_found_by_a_check():
+    core, executor = engine()
+    core.check()
+    executor.lose(ExecutorError("step", "its process died", 1))
+    with pytest.raises(ExecutorError, match="rank 1"):
+        core.check()

@@ -9,7 +9,6 @@ import pytest
 from dist_vlm.engine.core_client import CoreClient
 from dist_vlm.engine.messages import EngineOutput, EngineRequest
 from dist_vlm.executor.base import ExecutorError
-from dist_vlm.sched.scheduler import SchedulerStats
 from dist_vlm.workers.plan import SamplingRow
 
 LOST = ExecutorError("step", "gone", 0)
@@ -31,7 +30,9 @@ class Client(CoreClient):
     def _send_request(self, request: EngineRequest) -> None:
         self.sent.append(request.request_id)
 
-    def _ask_stats(self) -> None:
+    def silence(self) -> Any: ...
+
+    def _ask_state(self) -> None:
         self.num_asked += 1
 
 
@@ -76,17 +77,39 @@ def test_an_id_is_in_use_until_its_end_was_told(client: Client) -> None:
     assert client.sent == ["a", "a"]
 
 
-def test_one_answer_serves_all_who_asked_for_statistics_and_an_end_too(client: Client) -> None:
-    first, given_up, second = client.stats(), client.stats(), client.stats()
-    assert client.num_asked == 3
-    given_up.cancel()
-    client._answer_stats(SchedulerStats(num_steps=5))
-    assert first.result(0).num_steps == second.result(0).num_steps == 5
-    third = client.stats()
+def test_the_end_is_the_answer_to_those_who_ask_for_the_state(client: Client) -> None:
+    before = client.state()
+    assert client.num_asked == 1
+    assert client._end_error() is None
     client._close("gone", LOST)
-    for reply in (third, client.stats()):
-        with pytest.raises(ExecutorError, match="gone"):
+    for reply in (before, client.state()):
+        with pytest.raises(ExecutorError) as caught:
             reply.result(0)
+        assert caught.value is LOST
+    assert client._end_error() is LOST
+    assert client.num_asked == 1
+
+
+def test_after_a_shutdown_the_state_is_an_error_that_says_so(client: Client) -> None:
+    before = client.state()
+    client._close("the engine is shut down")
+    for reply in (before, client.state()):
+        with pytest.raises(ExecutorError, match="engine failed .*: the engine is shut down"):
+            reply.result(0)
+    assert str(client._end_error()) == "engine failed (no rank yet): the engine is shut down"
+
+
+@pytest.mark.parametrize("dead", [LOST, None])
+def test_the_end_is_told_to_all_who_wait_for_it_and_once(client: Client, dead: ExecutorError | None) -> None:
+    waiting, given_up = [client.ended() for _ in range(3)], client.ended()
+    for _ in range(100):
+        client.ended().cancel()
+    assert len(client._watchers) <= 5
+    given_up.cancel()
+    assert not any(one.done() for one in waiting)
+    client._close("gone", dead)
+    client._close("gone again", ExecutorError("step", "another"))
+    assert [one.result(0) for one in (*waiting, client.ended())] == [dead] * 4
 
 
 def test_logits_processors_are_refused_unless_a_client_serves_them(client: Client) -> None:

@@ -43,10 +43,12 @@ class Listener:
         self.ends: dict[str, tuple[str, object]] = {}
         self.ended_twice: list[str] = []
         self.threads: set[str] = set()
+        self.num_calls = 0
         self._changed = threading.Condition()
 
     def __call__(self, outputs: list[EngineOutput]) -> None:
         with self._changed:
+            self.num_calls += 1
             self.threads.add(threading.current_thread().name)
             for output in outputs:
                 self.tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
@@ -178,8 +180,28 @@ def test_a_lost_rank_ends_everything_within_two_seconds_by_its_name(make: Callab
     rig.listener.wait_for_ends(8, NOTICE_S)
     assert rig.listener.ends["late"] == ("error", "step failed (rank 1): its process died")
     assert time.monotonic() - began < 2 * NOTICE_S
-    with pytest.raises(ExecutorError, match="rank 1"):
-        rig.loop.stats().result(NOTICE_S)
+    for ask in (rig.loop.state, rig.loop.silence):
+        with pytest.raises(ExecutorError, match="rank 1"):
+            ask().result(NOTICE_S)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_ranks_lost_while_idle_end_the_engine_within_two_seconds(make: Callable[..., Rig], watched: bool) -> None:
+    """Whether or not somebody keeps asking it for its state."""
+    rig = make()
+    rig.loop.add(request("a"))
+    rig.listener.wait_for_ends(1)
+    ended, num_calls = rig.loop.ended(), rig.listener.num_calls
+    began = time.monotonic()
+    rig.executor.lose(LOST)
+    while not ended.done() and time.monotonic() - began < NOTICE_S:
+        time.sleep(0.01)
+        if watched:
+            rig.loop.state()
+    assert ended.result(0) is rig.loop.dead is LOST
+    rig.listener.wait(lambda: rig.listener.num_calls > num_calls)
+    assert time.monotonic() - began < NOTICE_S
+    assert list(rig.listener.ends) == ["a"]
 
 
 @pytest.mark.parametrize("place", ["add", "abort", "step", "has_work"])
@@ -215,8 +237,10 @@ def test_shutdown_ends_what_runs_and_the_thread(make: Callable[..., Rig]) -> Non
     assert rig.loop.dead is None
     rig.loop.add(request("b"))
     assert rig.listener.ends["b"] == ("error", "the engine is shut down")
-    with pytest.raises(ExecutorError, match="shut down"):
-        rig.loop.stats().result(NOTICE_S)
+    for ask in (rig.loop.state, rig.loop.silence):
+        with pytest.raises(ExecutorError, match="shut down"):
+            ask().result(NOTICE_S)
+    assert rig.loop.ended().result(0) is None
     assert not rig.listener.ended_twice
 
 
@@ -240,11 +264,28 @@ def test_a_step_that_does_not_return_does_not_hold_up_a_shutdown(
     assert not [one for one in threading.enumerate() if one.name == "engine-core"]
 
 
-def test_stats_are_the_schedulers(make: Callable[..., Rig]) -> None:
+def test_the_state_is_the_cores(make: Callable[..., Rig]) -> None:
     rig = make()
     rig.loop.add(request("a"))
     rig.listener.wait_for_ends(1)
-    stats = rig.loop.stats().result(NOTICE_S)
+    state = rig.loop.state().result(NOTICE_S)
     # Five of the prompt, and every token but the last, which nothing follows.
-    assert stats.num_scheduled_tokens == 5 + 3
-    assert stats is not rig.core.stats, "a copy: the loop goes on counting"
+    assert state.stats.num_scheduled_tokens == 5 + 3
+    assert (state.num_blocks, state.num_running, state.num_held_blocks, state.num_cached_blocks) == (64, 0, 0, 1)
+
+
+def test_silence_is_told_during_a_step_and_the_state_after_it(make: Callable[..., Rig]) -> None:
+    rig = make(step_delay_s=0.5, num_ranks=2)
+    rig.loop.add(request("a", max_tokens=1))
+    while not rig.executor.plans:
+        time.sleep(0.001)
+    rig.executor.silent_since[1] = time.monotonic() - 7.0
+    began = time.monotonic()
+    state, silence = rig.loop.state(), rig.loop.silence()
+    heard, silent = silence.result(0)
+    assert heard < 0.2
+    assert 7.0 <= silent < 7.5
+    assert time.monotonic() - began < 0.2
+    assert not state.done()
+    assert state.result(NOTICE_S).stats.num_steps == 1
+    rig.listener.wait_for_ends(1)

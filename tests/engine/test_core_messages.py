@@ -11,6 +11,7 @@ import pytest
 
 from dist_vlm.engine import core_messages as messages
 from dist_vlm.engine.messages import EngineImage, EngineOutput, EngineRequest
+from dist_vlm.engine.state import EngineState
 from dist_vlm.executor.base import ExecutorInfo
 from dist_vlm.sched.scheduler import SchedulerStats
 from dist_vlm.workers.config import LoadReport
@@ -66,16 +67,22 @@ def test_an_output_crosses_whole(stop_reason: int | str | None) -> None:
     assert [messages.output_of(one) for one in came.outputs] == sent
 
 
-def test_what_a_start_and_the_statistics_tell_crosses() -> None:
+def test_what_a_start_and_the_engines_state_tell_crosses() -> None:
     report = LoadReport(1, 2, 3, 4, 5, 6, 7, {"op": "torch"}, 8)
+    stats = SchedulerStats(*range(1, 1 + len(dataclasses.fields(SchedulerStats))))
+    state = EngineState(stats, *range(101, 100 + len(dataclasses.fields(EngineState))))
     for message in (
         messages.Configure('{"model": "m"}'),
         messages.Abort("a"),
-        messages.AskStats(),
+        messages.AskState(),
+        messages.AskSilence(),
         messages.Started(ExecutorInfo(64, (report, report), {"ray": 1.5, "load": 2.0})),
         messages.Failure("load", "no such file", 1),
         messages.Failure("", "the KV cache holds 12 tokens", None),
-        messages.Stats(SchedulerStats(*range(1, 1 + len(dataclasses.fields(SchedulerStats))))),
+        messages.State(state),
+        messages.State(dataclasses.replace(state, feature_row_capacity=None)),
+        messages.Silence((0.0, 1.5, 2e9)),
+        messages.Silence(()),
     ):
         assert cross(message) == message
 
@@ -88,7 +95,7 @@ def test_what_a_start_and_the_statistics_tell_crosses() -> None:
         b"\x01",
         messages.pack(messages.Abort("a"))[:-1],
         messages.pack(messages.Abort("a")) + b"\0",
-        b"\x00" + messages.pack(messages.AskStats())[1:],
+        b"\x00" + messages.pack(messages.AskState())[1:],
         b"\x00" + pickle.dumps(messages.Configure("{}")),
     ],
 )

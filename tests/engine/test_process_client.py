@@ -104,8 +104,9 @@ def test_tokens_and_statistics_cross_and_nothing_is_left(make: Callable[..., tup
     assert listener.tokens == {one.request_id: scripted(one) for one in requests}
     # The image of three tokens is encoded once or again, but the prompt's six tokens and three of the answer's are
     # scheduled for each request, less what the prefix cache had.
-    stats = client.stats().result(WAIT_S)
-    assert 20 * 3 < stats.num_scheduled_tokens <= 20 * 9
+    state = client.state().result(WAIT_S)
+    assert 20 * 3 < state.stats.num_scheduled_tokens <= 20 * 9
+    assert (state.num_blocks, state.num_running, state.num_held_blocks, state.staged_bytes) == (64, 0, 0, 0)
     pid = client.pid
     client.shutdown()
     client.shutdown()
@@ -146,8 +147,10 @@ def test_a_killed_process_ends_everything_within_two_seconds_by_name(
     assert isinstance(client.dead, ExecutorError)
     client.add(request("late"))
     assert listener.ends["late"] == [end]
-    with pytest.raises(ExecutorError, match="signal 9"):
-        client.stats().result(NOTICE_S)
+    for ask in (client.state, client.silence):
+        with pytest.raises(ExecutorError, match="signal 9"):
+            ask().result(NOTICE_S)
+    assert client.ended().result(0) is client.dead
 
 
 def test_a_lost_rank_is_named_across_the_process(make: Callable[..., tuple[ProcessClient, Listener]]) -> None:
@@ -159,6 +162,50 @@ def test_a_lost_rank_is_named_across_the_process(make: Callable[..., tuple[Proce
     assert time.monotonic() - began < NOTICE_S
     assert client.dead is not None
     assert (client.dead.stage, client.dead.cause, client.dead.rank) == ("step", "its process died", 1)
+
+
+LOSES_RANK_1_ON_A_SIGNAL = """
+import signal, time
+LOST = ExecutorError('step', 'its process died', 1)
+FakeExecutor.heard_at = lambda self: (time.monotonic(), time.monotonic() - 7.0)
+start = FakeExecutor.start
+def start_and_listen(self):
+    signal.signal(signal.SIGUSR1, lambda *_: self.lose(LOST))
+    return start(self)
+FakeExecutor.start = start_and_listen
+"""
+
+
+def test_silence_crosses_and_a_process_that_stands_still_answers_when_it_goes_on_and_an_idle_death_is_told(
+    make: Callable[..., tuple[ProcessClient, Listener]],
+) -> None:
+    client, listener = make(scripted_process("step_delay_s=1.0", LOSES_RANK_1_ON_A_SIGNAL))
+    client.add(request("a", max_tokens=1))
+    time.sleep(0.1)  # the step is under way
+    heard, silent = client.silence().result(0.6)
+    assert 0.0 <= heard < 1.0
+    assert 7.0 <= silent < 8.0
+
+    asked: list[None] = []
+    client._silences._send = lambda: asked.append(client._ask_silence())  # type: ignore[func-returns-value]
+    os.kill(client.pid, signal.SIGSTOP)
+    given_up = [client.silence() for _ in range(100)]
+    with pytest.raises(TimeoutError):
+        given_up[-1].result(0.3)
+    assert all(one.cancel() for one in given_up)
+    late = client.silence()
+    assert len(asked) == 1, "a process that does not answer is not asked again"
+    os.kill(client.pid, signal.SIGCONT)
+    assert 7.0 <= late.result(WAIT_S)[1] < 8.0
+    assert len(asked) == 2
+
+    assert listener.ended(1) == {("length", None)}
+    began = time.monotonic()
+    os.kill(client.pid, signal.SIGUSR1)
+    dead = client.ended().result(NOTICE_S)
+    assert time.monotonic() - began < NOTICE_S
+    assert dead is not None
+    assert (dead.stage, dead.cause, dead.rank) == ("step", "its process died", 1)
 
 
 @pytest.mark.parametrize(

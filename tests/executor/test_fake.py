@@ -171,3 +171,25 @@ def test_a_dead_rank_is_raised_at_its_step_and_ever_after() -> None:
 def test_it_needs_neither_torch_nor_ray() -> None:
     code = "import sys, dist_vlm.executor.fake; print(sorted({'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_ranks_are_heard_now_but_for_those_scripted_to_be_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(fake, "time", clock)
+    executor = FakeExecutor(num_ranks=3)
+    assert executor.heard_at() == ()
+    assert [report.rank for report in executor.start().reports] == [0, 1, 2]
+    assert executor.heard_at() == (100.0, 100.0, 100.0)
+    executor.silent_since[1] = 98.5
+    clock.now += 2
+    assert executor.heard_at() == (102.0, 98.5, 102.0)
+
+
+def test_ranks_that_are_lost_while_nobody_steps_are_told_by_every_call() -> None:
+    executor = started()
+    executor.check()
+    executor.submit(StepPlan(0))
+    executor.lose(ExecutorError("step", "its process died", 1))
+    for call in (executor.check, executor.collect, executor.poll_staged, lambda: executor.submit(StepPlan(1))):
+        with pytest.raises(ExecutorError, match=r"rank 1\): its process died"):
+            call()

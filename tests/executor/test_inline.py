@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,8 +93,9 @@ def test_plans_and_images() -> None:
     executor.unstage("cat")
     executor.shutdown()
     executor.shutdown()
-    with pytest.raises(ExecutorError, match="not running"):
-        executor.submit(PLAN)
+    for call in (executor.check, lambda: executor.submit(PLAN)):
+        with pytest.raises(ExecutorError, match="not running"):
+            call()
 
 
 def test_a_failing_stage_is_the_images_own() -> None:
@@ -114,6 +116,8 @@ def test_a_step_that_raises_ends_the_executor() -> None:
             executor.collect()
     with pytest.raises(ExecutorError, match="FileNotFoundError: no model"):
         executor.submit(StepPlan(1))
+    with pytest.raises(ExecutorError, match="FileNotFoundError: no model"):
+        executor.check()
     executor.shutdown()
     assert not rank_threads()
 
@@ -154,6 +158,31 @@ def test_shutdown_waits_for_the_step_under_way(held: Held) -> None:
     held.executor.shutdown()
     assert held.gate.is_set()
     assert not rank_threads()
+
+
+def test_an_idle_rank_is_heard_now_and_a_busy_one_when_its_step_began(held: Held) -> None:
+    executor = held.executor
+    assert inline().heard_at() == ()
+    before = time.monotonic()
+    (idle,) = executor.heard_at()
+    assert before <= idle <= time.monotonic()
+    executor.submit(StepPlan(0, slices=PLAN.slices))
+    executor.collect()
+    executor.submit(processed(1, "gate"))
+    assert held.begun.wait(10)
+    began_by = time.monotonic()
+    (heard,) = executor.heard_at()
+    assert before <= heard <= began_by
+    time.sleep(0.05)
+    assert executor.heard_at() == (heard,)
+    executor.check()
+    held.gate.set()
+    executor.collect()
+    freed = time.monotonic()
+    executor.set_processors("gate", None)
+    executor.submit(StepPlan(2, slices=PLAN.slices))
+    executor.collect()
+    assert executor.heard_at()[0] >= freed
 
 
 FORGETFUL = """

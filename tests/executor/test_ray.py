@@ -13,6 +13,7 @@ import pytest
 import ray
 from stand_in import RUNNER, rank_config
 
+from dist_vlm.executor import heartbeat
 from dist_vlm.executor.base import ExecutorError, StagedImage, StartError
 from dist_vlm.executor.placement import PRIVATE_CPUS
 from dist_vlm.executor.ray import RayExecutor
@@ -31,9 +32,9 @@ def decode(step_id: int, position: int = 5, **fields: object) -> StepPlan:
     return StepPlan(step_id, slices=(Slice(1, position, 1, (), True),), **fields)  # type: ignore[arg-type]
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for a condition that must come true within `NOTICE_S`."""
-    end = time.monotonic() + NOTICE_S
+def until(condition: Callable[[], bool], within_s: float = NOTICE_S) -> None:
+    """Waits for a condition that must come true within `within_s`."""
+    end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, "it did not come true in time"
         time.sleep(0.02)
@@ -87,6 +88,14 @@ def test_a_long_prompt_passes_and_a_short_plan_after_it(pair: Pair) -> None:
     new = (NewSequence(1, tokens, len(tokens), (), SamplingRow()),)
     assert pair.step(new=new) == (SampledTokens(1, (1009,)),)
     assert pair.step() == (SampledTokens(1, (1009,)),)
+
+
+def test_a_step_counts_as_hearing_every_rank(pair: Pair) -> None:
+    executor, moment = pair.executor, time.monotonic()
+    assert executor._heartbeat is not None
+    executor._heartbeat._heard_at[:] = [moment - 100.0] * 2
+    pair.step()
+    assert moment < min(executor.heard_at()) <= max(executor.heard_at()) <= time.monotonic()
 
 
 def staged(executor: RayExecutor, count: int) -> list[StagedImage]:
@@ -148,6 +157,45 @@ def test_an_image_that_one_rank_cannot_take_is_reported_with_its_cause(make_ray_
     with pytest.raises(ExecutorError, match="rank 1.*died") as caught:
         until(lambda: executor.poll_staged() is None)
     assert caught.value.rank == 1
+
+
+def test_each_rank_is_heard_while_it_lives_and_a_death_is_found_though_nobody_steps(
+    make_ray_executor: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "_PERIOD_S", 0.2)
+    others = threading.enumerate()
+    executor = make_ray_executor(2, {"work_s": 1.2})
+    assert executor.heard_at() == ()
+    executor.start()
+    executor.submit(decode(0))
+    moment = time.monotonic()
+    # Amid the step: its end, which counts too, has not been collected.
+    until(lambda: min(executor.heard_at()) > moment, within_s=1.1)
+    executor.collect()
+    assert time.monotonic() > moment + 1.1
+    first, second = (result.counters.busy_us for result in executor.last_results)
+
+    os.kill(second, signal.SIGSTOP)
+    moment = time.monotonic()
+    until(lambda: executor.heard_at()[0] > moment + 0.6)
+    assert executor.heard_at()[1] < moment + 0.4, "an answer from before may have been on its way"
+    executor.check()
+    os.kill(second, signal.SIGCONT)
+    moment = time.monotonic()
+    until(lambda: min(executor.heard_at()) > moment)
+
+    os.kill(first, signal.SIGSTOP)
+    os.kill(second, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(ExecutorError, match=r"step failed \(rank 1\): its process died"):
+        while time.monotonic() - began < NOTICE_S:
+            executor.check()
+            time.sleep(0.02)
+    executor.shutdown()
+    until(lambda: not os.path.exists(f"/proc/{first}"))
+    left = [one.name for one in threading.enumerate() if one not in others]
+    assert not {"rank-heartbeat", "rank-death-watch"} & set(left)
+    assert len(executor.heard_at()) == 2
 
 
 @over_both

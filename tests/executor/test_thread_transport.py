@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -71,6 +72,39 @@ def test_a_message_that_takes_long_is_a_timeout_and_close_waits_for_it() -> None
     with pytest.raises(TransportClosedError):
         transport.send(b"third")
     assert not running()
+
+
+def test_it_tells_since_when_what_runs_has_run() -> None:
+    gate = threading.Event()
+    transport = ThreadTransport(lambda message: b"" if gate.wait(20) else message, depth=2)
+    assert transport.busy_since is None
+    before = time.monotonic()
+    transport.send(b"first")
+    transport.send(b"second")
+    until(lambda: transport.busy_since is not None)
+    first = transport.busy_since
+    assert first is not None
+    assert before <= first <= time.monotonic()
+    time.sleep(0.02)
+    assert transport.busy_since == first, "since the first began, though the second waits behind it"
+    gate.set()
+    until(lambda: transport.busy_since is None)
+
+    seen: list[float | None] = []
+    with pytest.raises(ZeroDivisionError):
+        transport.call(lambda: seen.append(transport.busy_since) or 1 / 0)
+    (second,) = seen
+    assert second is not None
+    assert second > first
+    until(lambda: transport.busy_since is None)
+    transport.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.002)
 
 
 def test_it_can_be_closed_in_its_own_thread() -> None:

@@ -68,6 +68,12 @@ class BorrowedExecutor(Executor):
     def set_processors(self, name: str, processors: Sequence[Callable[..., Any]] | None) -> None:
         self._lender.set_processors(name, processors)
 
+    def heard_at(self) -> tuple[float, ...]:
+        return self._lender.heard_at()
+
+    def check(self) -> None:
+        self._lender.check()
+
     def shutdown(self) -> None:
         """Leaves the ranks as they were lent: no slot taken, no feature held, no image staged."""
         while self._num_in_flight:

@@ -101,6 +101,27 @@ def test_the_encoder_takes_one_budget_of_rows_a_step():
     assert rig.plans[0].num_tokens == 10, "cut before the image that is too many"
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_images_looked_up_and_found_are_counted_when_a_request_begins(keep):
+    rig = Rig(budget=64, keep_features=keep, prefix_caching=True)
+    shared, own = ImageSpan("x", 1, 4), ImageSpan("y", 8, 4)
+    rig.add(request("a", 16, images=(shared, own)))
+    rig.add(request("b", 16, images=(shared,)))  # while a encodes it
+    rig.run()
+    assert counts(rig) == (3, 1, 2)
+    rig.add(request("c", 16, images=(shared, ImageSpan("x", 9, 4))))  # twice in one prompt: one image
+    rig.run()
+    assert counts(rig) == ((4, 2, 2) if keep else (4, 1, 3))
+    rig.add(request("a", 16, images=(shared, own)))  # three blocks of four positions are cached: both are covered
+    rig.run()
+    assert counts(rig) == ((4, 2, 2) if keep else (4, 1, 3))
+
+
+def counts(rig):
+    stats = rig.scheduler.stats
+    return stats.num_queried_images, stats.num_hit_images, stats.num_encoded_images
+
+
 def test_an_image_larger_than_the_budget_is_encoded_alone():
     rig = Rig(budget=4)
     rig.add(request("a", 20, images=(ImageSpan("x", 1, 15),)))

@@ -1,0 +1,34 @@
+"""What the engine core holds at one moment, for whoever watches it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_vlm.sched.scheduler import SchedulerStats
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """Taken between two steps; it does not change afterwards.
+
+    stats: counts since the start.
+    num_running, num_waiting: requests that hold a slot, and those that wait for one. num_staging: those that came
+        before them and wait for their images to reach the ranks.
+    num_blocks, num_held_blocks, num_cached_blocks: KV blocks in all, those that requests hold, and those that nobody
+        holds but whose content is kept. The others are free.
+    num_feature_rows, feature_row_capacity: rows of encoded images on the ranks, and most rows there at once (None: as
+        many as wanted).
+    num_staged_images, staged_bytes: images that requests hold on the ranks, those on their way included.
+    """
+
+    stats: SchedulerStats
+    num_running: int
+    num_waiting: int
+    num_staging: int
+    num_blocks: int
+    num_held_blocks: int
+    num_cached_blocks: int
+    num_feature_rows: int
+    feature_row_capacity: int | None
+    num_staged_images: int
+    staged_bytes: int
