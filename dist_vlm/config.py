@@ -29,8 +29,8 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    model: str = option("str", help="directory of the checkpoint", is_path=True)
-    tokenizer: str | None = option("str", None, help="directory of the tokenizer (none: the model's)", is_path=True)
+    model: str = option("directory", help="directory of the checkpoint")
+    tokenizer: str | None = option("directory", None, help="directory of the tokenizer (none: the model's)")
     dtype: str = option(
         "str",
         "auto",
@@ -70,9 +70,7 @@ class VisionConfig:
     image_feature_size: int | None = option(
         "int", None, help="placeholder tokens of one picture (none: the checkpoint's)", low=1
     )
-    image_processor: str | None = option(
-        "str", None, help="directory of the image processor (none: the model's)", is_path=True
-    )
+    image_processor: str | None = option("directory", None, help="directory of the image processor (none: the model's)")
     image_processor_revision: str | None = option(
         "str", None, help="revision of the image processor; a local directory has none, so only none is accepted"
     )

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dist_vlm.config_kinds import KINDS, Kind, NotOfKindError
+
 _UNSET = object()
-_KINDS = {
-    "int": "an integer",
-    "float": "a number",
-    "str": "a string",
-    "bool": "true or false",
-    "shape": "four integers, such as 1,3,336,336",
-}
 
 
 class ConfigError(ValueError):
@@ -64,8 +57,7 @@ def _shown(value: object, most: int = 80) -> str:
 class Rule:
     """The values a field takes. Bounds are inclusive; `above` is an exclusive lower bound.
 
-    `aliases` maps other spellings to the value kept. `is_path` marks a directory: from YAML, a leading "./" or "../" is
-    relative to the file.
+    `kind` is a name of `dist_vlm.config_kinds.KINDS`. `aliases` maps other spellings to the value kept.
     """
 
     kind: str
@@ -76,7 +68,6 @@ class Rule:
     low: float | None = None
     high: float | None = None
     above: float | None = None
-    is_path: bool = False
     short_flag: str = ""
 
     def check(self, value: Any) -> Any:
@@ -86,7 +77,10 @@ class Rule:
         """
         if value is None and self.optional:
             return None
-        value = self._typed(value)
+        try:
+            value = self.of_kind.check(value)
+        except NotOfKindError as error:
+            raise ValueError(", ".join(part for part in (self.allowed(), str(error)) if part)) from None
         if isinstance(value, str):
             value = self.aliases.get(value, value)
         if self.choices and value not in self.choices:
@@ -100,7 +94,7 @@ class Rule:
         if self.optional and text.lower() == "none":
             return None
         try:
-            value = _PARSERS.get(self.kind, str)(text)
+            value = self.of_kind.parse(text)
         except ValueError:
             raise ValueError(self.allowed()) from None
         return self.check(value)
@@ -109,32 +103,17 @@ class Rule:
         if self.choices:
             text = "must be one of " + ", ".join(str(choice) for choice in self.choices)
         else:
-            text = f"must be {_KINDS[self.kind]}{self._bounds()}"
+            text = f"must be {self.of_kind.allowed}{self._bounds()}"
         return f"{text}, or none" if self.optional else text
 
-    def _typed(self, value: Any) -> Any:
-        if self.kind == "shape":
-            return self._shape(value)
-        if self.is_path and isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-        fits = isinstance(value, kinds[self.kind]) and (self.kind == "bool" or not isinstance(value, bool))
-        if not fits:
-            raise ValueError(self.allowed())
-        if self.kind == "str" and (not value.strip() or "\0" in value):
-            raise ValueError(f"{self.allowed()}, not empty and without NUL")
-        return _finite_float(value, self.allowed()) if self.kind == "float" else value
+    def error(self, problem: str, *, field: str, value: object, source: str = "") -> ConfigError:
+        """A `ConfigError` about a value of this field; a secret one is not in it."""
+        shown = _UNSET if self.of_kind.is_secret else value
+        return ConfigError(problem, field=field, value=shown, source=source)
 
-    def _shape(self, value: Any) -> tuple[int, ...]:
-        if isinstance(value, str):
-            try:
-                value = [int(part) for part in value.split(",")]
-            except ValueError:
-                raise ValueError(self.allowed()) from None
-        whole = isinstance(value, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
-        if not whole or len(value) != 4 or min(value) < 1:
-            raise ValueError(f"{self.allowed()}, each at least 1")
-        return tuple(value)
+    @property
+    def of_kind(self) -> Kind:
+        return KINDS[self.kind]
 
     def _inside(self, value: float) -> bool:
         return (
@@ -154,29 +133,10 @@ class Rule:
         return "".join(f", {part}" for part in parts)
 
 
-def _finite_float(value: float, allowed: str) -> float:
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{allowed}, finite")
-    return number
-
-
-def _parse_bool(text: str) -> bool:
-    lowered = text.lower()
-    if lowered not in ("true", "false"):
-        raise ValueError(text)
-    return lowered == "true"
-
-
-_PARSERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _parse_bool}
-
-
 def option(kind: str, default: Any = dataclasses.MISSING, **rule: Any) -> Any:
     """A dataclass field with its `Rule`. A default of None makes the field optional; no default makes it required."""
-    return dataclasses.field(default=default, metadata={"rule": Rule(kind=kind, optional=default is None, **rule)})
+    made = Rule(kind=kind, optional=default is None, **rule)
+    return dataclasses.field(default=default, metadata={"rule": made}, repr=not made.of_kind.is_secret)
 
 
 def rules_of(section: type) -> dict[str, Rule]:
@@ -190,7 +150,7 @@ def check_section(section: Any, name: str) -> None:
         try:
             object.__setattr__(section, field_name, rule.check(value))
         except ValueError as error:
-            raise ConfigError(str(error), field=f"{name}.{field_name}", value=value) from None
+            raise rule.error(str(error), field=f"{name}.{field_name}", value=value) from None
 
 
 def nearest_name(name: object, known: Iterable[str]) -> str | None:

@@ -1,6 +1,7 @@
 """Reads a configuration from YAML and from command-line flags, and writes it back as YAML.
 
-Both forms come from the fields of `dist_vlm.config`; every error is a `ConfigError` that names where the value stands.
+Both forms come from the fields of `dist_vlm.config` and `dist_vlm.config_server`; every error is a `ConfigError` that
+names where the value stands.
 """
 
 from __future__ import annotations
@@ -14,9 +15,18 @@ from typing import Any
 import yaml
 
 from dist_vlm.config import RULES, SECTION_OF, SECTIONS, ConfigError, EngineConfig, resolve
+from dist_vlm.config_environment import resolved_server
 from dist_vlm.config_fields import Rule, nearest, nearest_name, rules_of
 from dist_vlm.config_resolve import resolved_without_checkpoint
+from dist_vlm.config_server import ServerConfig
 
+SERVER = "server"
+SERVER_RULES = rules_of(ServerConfig)
+
+# The engine's sections and the server's. Field names are unique over all of them.
+_SECTIONS: dict[str, type] = {**SECTIONS, SERVER: ServerConfig}
+_RULES: dict[str, Rule] = {**RULES, **SERVER_RULES}
+_SECTION_OF: dict[str, str] = {**SECTION_OF, **dict.fromkeys(SERVER_RULES, SERVER)}
 _FLAG_PREFIX = "config_flag_"
 
 
@@ -25,8 +35,14 @@ class LoadedConfig:
     """A configuration and, for each field that was given, where: a file or a flag. `file` is "" without one."""
 
     config: EngineConfig
+    server: ServerConfig
     sources: Mapping[str, str]
     file: str = ""
+
+    @property
+    def has_server(self) -> bool:
+        """Whether any field of the server was given."""
+        return any(name in SERVER_RULES for name in self.sources)
 
     def resolve(self, *, checkpoint: bool = True) -> EngineConfig:
         """The configuration with every auto decided; without `checkpoint`, only what needs none.
@@ -36,17 +52,26 @@ class LoadedConfig:
         try:
             return resolve(self.config) if checkpoint else resolved_without_checkpoint(self.config)
         except ConfigError as error:
-            raise error.at(_source_of(error, self.sources, self.file)) from None
+            raise self.located(error) from None
+
+    def resolve_server(self, environ: Mapping[str, str]) -> ServerConfig:
+        """The server's section with everything decided. Errors name the variable."""
+        return resolved_server(self.server, self.config, environ)
+
+    def located(self, error: ConfigError) -> ConfigError:
+        """An error about one of the fields, with the source of the value."""
+        return error.at(_source_of(error, self.sources, self.file))
 
 
 def load_config(path: str | None, flags: Mapping[str, str] | None = None) -> LoadedConfig:
     """Reads a YAML file (or none) and lays flags over it. `flags` maps field names to a command line's text."""
     values, sources = ({}, {}) if path is None else _read_yaml(path)
     for name, text in (flags or {}).items():
+        rule = _RULES[name]
         try:
-            values[name] = RULES[name].parse(text)
+            values[name] = rule.parse(text)
         except ValueError as error:
-            raise ConfigError(str(error), field=name, value=text, source=flag_of(name)) from None
+            raise rule.error(str(error), field=name, value=text, source=flag_of(name)) from None
         sources[name] = flag_of(name)
     return _assemble(values, sources, path or "")
 
@@ -55,11 +80,14 @@ def _assemble(values: dict[str, Any], sources: dict[str, str], file: str) -> Loa
     if "model" not in values:
         problem = f"model.model is missing: a checkpoint directory is needed (or {flag_of('model')} DIR)"
         raise ConfigError(problem, source=file)
+    engine = {name: value for name, value in values.items() if name not in SERVER_RULES}
+    server = {name: value for name, value in values.items() if name in SERVER_RULES}
     try:
-        config = EngineConfig.from_fields(**values)
+        return LoadedConfig(
+            config=EngineConfig.from_fields(**engine), server=ServerConfig(**server), sources=sources, file=file
+        )
     except ConfigError as error:
         raise error.at(_source_of(error, sources, file)) from None
-    return LoadedConfig(config=config, sources=sources, file=file)
 
 
 def _source_of(error: ConfigError, sources: Mapping[str, str], file: str) -> str:
@@ -110,14 +138,14 @@ def _parse_yaml(path: str) -> Any:
 
 
 def _checked_document(document: Any, folder: str) -> dict[str, Any]:
-    known = ", ".join(SECTIONS)
+    known = ", ".join(_SECTIONS)
     if document is None:
         raise ConfigError(f"is empty; a configuration has the sections {known}")
     if not isinstance(document, dict):
         raise ConfigError(f"must hold a mapping of the sections {known}, not {_article(document)}")
     values: dict[str, Any] = {}
     for section, entries in document.items():
-        if section not in SECTIONS:
+        if section not in _SECTIONS:
             raise ConfigError(_unknown_section(section), field=section)
         values.update(_checked_section(section, entries, folder))
     return values
@@ -126,26 +154,33 @@ def _checked_document(document: Any, folder: str) -> dict[str, Any]:
 def _checked_section(section: str, entries: Any, folder: str) -> dict[str, Any]:
     if entries is None:
         return {}
-    rules = rules_of(SECTIONS[section])
+    rules = rules_of(_SECTIONS[section])
     if not isinstance(entries, dict):
         problem = f"must be a mapping of its keys {', '.join(rules)}"
-        raise ConfigError(problem, field=section, value=entries)
+        raise _no_field(problem, section, value=entries)
     values = {}
     for key, value in entries.items():
-        name = f"{section}.{key}"
         if key not in rules:
-            raise ConfigError(_unknown_key(section, key), field=name, value=value)
+            raise _no_field(_unknown_key(section, key), section, key, value=value)
         try:
             checked = rules[key].check(value)
         except ValueError as error:
-            raise ConfigError(str(error) + _quoted_hint(value, rules[key].kind), field=name, value=value) from None
-        values[key] = _anchored(checked, folder) if rules[key].is_path else checked
+            problem = str(error) + _quoted_hint(value, rules[key].kind)
+            raise rules[key].error(problem, field=f"{section}.{key}", value=value) from None
+        values[key] = _anchored(checked, folder) if rules[key].of_kind.names_path(checked) else checked
     return values
 
 
-def _anchored(path: str | None, folder: str) -> str | None:
-    relative = path is not None and path.startswith(("./", "../"))
-    return os.path.normpath(os.path.join(folder, path)) if path is not None and relative else path
+def _no_field(problem: str, section: str, key: str = "", *, value: Any) -> ConfigError:
+    """An error about something that is no field; without its value where that may be meant to be a secret."""
+    close = nearest_name(key, _RULES)
+    is_secret = section == SERVER or (close is not None and _RULES[close].of_kind.is_secret)
+    field = f"{section}.{key}" if key else section
+    return ConfigError(problem, field=field) if is_secret else ConfigError(problem, field=field, value=value)
+
+
+def _anchored(path: str, folder: str) -> str:
+    return os.path.normpath(os.path.join(folder, path)) if path.startswith(("./", "../")) else path
 
 
 def _quoted_hint(value: Any, kind: str) -> str:
@@ -153,18 +188,18 @@ def _quoted_hint(value: Any, kind: str) -> str:
 
 
 def _unknown_section(name: str) -> str:
-    if name in SECTION_OF:
-        return f"unknown section; the key {name} belongs in {SECTION_OF[name]}.{name}"
-    return f"unknown section; the sections are {', '.join(SECTIONS)}{nearest(name, SECTIONS)}"
+    if name in _SECTION_OF:
+        return f"unknown section; the key {name} belongs in {_SECTION_OF[name]}.{name}"
+    return f"unknown section; the sections are {', '.join(_SECTIONS)}{nearest(name, _SECTIONS)}"
 
 
 def _unknown_key(section: str, key: str) -> str:
-    if key in SECTION_OF:
-        return f"unknown key in {section}; it belongs in {SECTION_OF[key]}.{key}"
-    close = nearest_name(key, rules_of(SECTIONS[section])) or nearest_name(key, RULES)
+    if key in _SECTION_OF:
+        return f"unknown key in {section}; it belongs in {_SECTION_OF[key]}.{key}"
+    close = nearest_name(key, rules_of(_SECTIONS[section])) or nearest_name(key, _RULES)
     if close is None:
-        return f"unknown key; {section} has {', '.join(rules_of(SECTIONS[section]))}"
-    return f"unknown key; the nearest is {SECTION_OF[close]}.{close}"
+        return f"unknown key; {section} has {', '.join(rules_of(_SECTIONS[section]))}"
+    return f"unknown key; the nearest is {_SECTION_OF[close]}.{close}"
 
 
 def _article(value: Any) -> str:
@@ -172,18 +207,29 @@ def _article(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def dump_yaml(config: EngineConfig, sources: Mapping[str, str] | None = None) -> str:
-    """The configuration as YAML that loads to an equal one. With `sources`, a comment tells where a value is from."""
+def dump_yaml(
+    config: EngineConfig, sources: Mapping[str, str] | None = None, *, server: ServerConfig | None = None
+) -> str:
+    """The configuration as YAML that loads to an equal one. With `sources`, a comment tells where a value is from.
+
+    A secret is no part of it: a comment says that there is one.
+    """
+    sections = {name: getattr(config, name) for name in SECTIONS} | ({SERVER: server} if server is not None else {})
     lines = []
-    for section, kind in SECTIONS.items():
-        lines.append(f"{section}:")
-        for name in rules_of(kind):
-            value = getattr(getattr(config, section), name)
-            plain = list(value) if isinstance(value, tuple) else value
-            braced = yaml.safe_dump({name: plain}, default_flow_style=True, width=1 << 20, allow_unicode=True)
-            comment = f"  # {sources[name]}" if sources is not None else ""
-            lines.append(f"  {braced.strip()[1:-1]}{comment}")
+    for name, section in sections.items():
+        lines.append(f"{name}:")
+        lines += [_dumped_line(section, field, rule, sources) for field, rule in rules_of(type(section)).items()]
     return "\n".join(lines) + "\n"
+
+
+def _dumped_line(section: Any, field: str, rule: Rule, sources: Mapping[str, str] | None) -> str:
+    value = getattr(section, field)
+    comment = f"  # {sources[field]}" if sources is not None else ""
+    if value is not None and rule.of_kind.is_secret:
+        return f"  # {field} is set, and not shown{comment.replace('  # ', ': ')}"
+    plain = list(value) if isinstance(value, tuple) else value
+    braced = yaml.safe_dump({field: plain}, default_flow_style=True, width=1 << 20, allow_unicode=True)
+    return f"  {braced.strip()[1:-1]}{comment}"
 
 
 # ---- command line ----
@@ -194,8 +240,11 @@ def flag_of(name: str) -> str:
 
 
 def add_config_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(RULES)) -> None:
-    """Adds a flag for each of the named fields; a boolean one also has a --no- form. `config_flags` reads them back."""
-    for section, kind in SECTIONS.items():
+    """Adds a flag for each of the named fields; a boolean one also has a --no- form. `config_flags` reads them back.
+
+    names: the engine's fields alone by default; those of the server are `SERVER_RULES`.
+    """
+    for section, kind in _SECTIONS.items():
         chosen = {name: rule for name, rule in rules_of(kind).items() if name in names}
         group = parser.add_argument_group(f"configuration: {section}") if chosen else parser
         for name, rule in chosen.items():
@@ -213,13 +262,8 @@ def _add_flag(group: argparse._ActionsContainer, name: str, rule: Rule) -> None:
         )
         return
     flags = [flag, *([rule.short_flag] if rule.short_flag else [])]
-    group.add_argument(*flags, dest=dest, default=argparse.SUPPRESS, metavar=_metavar(rule), help=text)
-
-
-def _metavar(rule: Rule) -> str:
-    if rule.choices:
-        return "|".join(str(choice) for choice in rule.choices)
-    return "DIR" if rule.is_path else {"int": "N", "float": "X", "shape": "N,C,H,W"}.get(rule.kind, "TEXT")
+    metavar = "|".join(map(str, rule.choices)) if rule.choices else rule.of_kind.metavar
+    group.add_argument(*flags, dest=dest, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 def config_flags(arguments: argparse.Namespace) -> dict[str, str]:

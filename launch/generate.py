@@ -18,13 +18,14 @@ from dist_vlm.launch.local_media import LocalMedia
 from dist_vlm.launch.prompts import with_pictures
 
 if TYPE_CHECKING:
-    from dist_vlm import LLM, SamplingParams, TextPrompt
+    from dist_vlm import LLM, SamplingParams
+    from dist_vlm.inputs import PromptInputs
 
 _TEXT = """\
 Answers one prompt (--prompt), or each line of a file of requests (--input).
 
 One prompt: <image> in it marks the place of each picture, in order, and the prompt is then taken as it stands;
-pictures without it go before the text in the checkpoint's chat template. The answer is printed.
+pictures without it go before the text in the chat template. The answer is printed.
 
 A file: each line is a JSON object.
   prompt    the text, as for --prompt
@@ -153,19 +154,20 @@ def _answer(config: EngineConfig, prompt: str, pictures: list[Any], params: Samp
     from tqdm import tqdm
 
     from dist_vlm import LLM
+    from dist_vlm.engine.front import load_chat
 
     with tqdm(
         total=params.max_tokens, desc="starting", unit="tok", file=sys.stderr, disable=not progress, mininterval=0.2
     ) as bar:
         llm = LLM.from_config(config)
         try:
-            inputs = with_pictures(llm.get_tokenizer(), config.vision.image_token_id, prompt, pictures)
+            inputs = with_pictures(load_chat(config, llm.get_tokenizer()), prompt, pictures)
             return _stream(llm, inputs, params, bar)
         finally:
             llm.shutdown()
 
 
-def _stream(llm: LLM, inputs: TextPrompt, params: SamplingParams, bar: Any) -> str:
+def _stream(llm: LLM, inputs: PromptInputs, params: SamplingParams, bar: Any) -> str:
     """Follows the growing answer with the bar and returns its final text."""
     bar.reset()  # so that the rate leaves the start out
     bar.set_description("generating")
@@ -199,6 +201,7 @@ def _work_off(
     from tqdm import tqdm
 
     from dist_vlm import LLM
+    from dist_vlm.engine.front import load_chat
     from dist_vlm.launch.batch import Batch
     from dist_vlm.launch.jsonl_request import RequestMaker
 
@@ -213,7 +216,8 @@ def _work_off(
         ) as bar,
         LLM.from_config(config) as llm,
     ):
-        requests = RequestMaker(tokenizer=llm.get_tokenizer(), vision=config.vision, media=media, defaults=defaults)
+        chat = load_chat(config, llm.get_tokenizer())
+        requests = RequestMaker(chat=chat, vision=config.vision, media=media, defaults=defaults)
         batch = Batch(llm, answers, requests, bar=bar)
         bar.set_description("answering")
         try:

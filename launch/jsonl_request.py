@@ -7,13 +7,15 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.config_fields import nearest
-from dist_vlm.engine.chat import ChatOptions, ChatRenderer
+from dist_vlm.engine.chat import ChatOptions
 from dist_vlm.launch.local_media import is_data_url
 from dist_vlm.launch.prompts import with_pictures
 
 if TYPE_CHECKING:
-    from dist_vlm import CompletionOutput, RequestOutput, SamplingParams, TextPrompt
+    from dist_vlm import CompletionOutput, RequestOutput, SamplingParams
     from dist_vlm.config import VisionConfig
+    from dist_vlm.engine.chat import ChatRenderer
+    from dist_vlm.inputs import TextPrompt, TextTokensPrompt
     from dist_vlm.launch.jsonl import Line
     from dist_vlm.launch.local_media import LocalMedia
 
@@ -29,11 +31,12 @@ class RequestMaker:
     defaults: sampling of the lines that do not say otherwise.
     """
 
-    def __init__(self, *, tokenizer: Any, vision: VisionConfig, media: LocalMedia, defaults: SamplingParams) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, *, chat: ChatRenderer, vision: VisionConfig, media: LocalMedia, defaults: SamplingParams
+    ) -> None:
+        self._chat = chat
         self._vision = vision
         self._media = media
-        self._chat = ChatRenderer(tokenizer, image_token_id=vision.image_token_id, max_pixels=vision.max_image_pixels)
         self._defaults = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
         # Filled in from `n` where it was not given; a line may change `n`.
         if defaults.best_of == defaults.n:
@@ -76,7 +79,7 @@ class RequestMaker:
             given |= {"logit_bias": {_token(key): value for key, value in biases.items()}}
         return SamplingParams(**{**self._defaults, **given})
 
-    def _prompt(self, values: dict[str, Any]) -> TextPrompt:
+    def _prompt(self, values: dict[str, Any]) -> TextPrompt | TextTokensPrompt:
         prompt, names = values.get("prompt"), values.get("images")
         if not isinstance(prompt, str):
             raise ValueError(f"prompt = {prompt!r}: must be a string")
@@ -85,7 +88,7 @@ class RequestMaker:
             raise ValueError(f"images of type {type(names).__name__}: must be a list of file names")
         self._check_count(names)
         pictures = [self._media.load(name) for name in names]
-        return with_pictures(self._tokenizer, self._vision.image_token_id, prompt, pictures)
+        return with_pictures(self._chat, prompt, pictures)
 
     def _conversation(self, messages: Any) -> Any:
         """Messages with their files opened. What else may be wrong with them, the engine tells."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dist_vlm.engine.front import load_chat
 from dist_vlm.launch.probes import Probe
 from dist_vlm.launch.prompts import chat_turn
 
@@ -54,6 +55,7 @@ class Reference:
             self._processor: Any = AutoProcessor.from_pretrained(path, backend="pil", **local)
             model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, **local)
         self._take_parts(config)
+        self._chat = load_chat(config, self._processor.tokenizer)
         dtype = getattr(torch, config.model.dtype)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -118,9 +120,8 @@ class Reference:
         return inputs.to(self._device)
 
     def _prompt(self, probe: Probe) -> str:
-        tokenizer = self._processor.tokenizer
-        if tokenizer.chat_template is not None:
-            return chat_turn(tokenizer, probe.question, num_pictures=len(probe.pictures))
+        if self._chat.has_template:
+            return chat_turn(self._chat, probe.question, num_pictures=len(probe.pictures))[0]
         return "".join(f"{self._processor.image_token}\n" for _ in probe.pictures) + probe.question
 
 

@@ -1,4 +1,5 @@
-"""Checks what a wheel and an sdist hold: every module of every floor once, as a plain file, under dist_vlm/ alone.
+"""Checks what a wheel and an sdist hold: every module of every floor and the files that modules read, once, as plain
+files, under dist_vlm/ alone.
 
 Run as `python scripts/list_package.py dist/x.whl dist/x.tar.gz`.
 """
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 FLOORS = ("workers", "kernels", "launch")
+PATTERNS = ("*.py", "*.cpp", "*.h", "*.jinja", "dist_vlm/server/static/*")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,15 +31,16 @@ def main() -> None:
 
 
 def _check(package: str, names: set[str], links: list[str]) -> None:
-    missing = sorted(_modules() - names)
+    needed = _needed()
+    missing = sorted(needed - names)
     if links or missing:
         sys.exit(f"{package}: links {links}, missing {missing}")
-    print(f"{Path(package).name}: {len(names)} entries, {len(_modules())} modules, no links")
+    print(f"{Path(package).name}: {len(names)} entries, {len(needed)} modules and files that they read, no links")
 
 
-def _modules() -> set[str]:
-    """Every module in the tree, under the name it has below dist_vlm/."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "--", "*.py"]
+def _needed() -> set[str]:
+    """Every module in the tree and every file that one reads, under the name it has below dist_vlm/."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "--", *PATTERNS]
     files = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     files = [file for file in files if (ROOT / file).exists()]
     floors = {f"dist_vlm/{file}" for file in files if file.split("/")[0] in FLOORS}

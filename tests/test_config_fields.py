@@ -143,3 +143,9 @@ def test_an_error_takes_a_source_once() -> None:
 def test_the_nearest_name_is_offered_only_when_it_is_near() -> None:
     assert nearest("bolck_size", ["block_size", "seed"]) == "; the nearest is block_size"
     assert nearest("zzz", ["block_size", "seed"]) == ""
+
+
+def test_an_error_about_a_secret_is_without_it() -> None:
+    secret, plain = Rule(kind="key", help=""), Rule(kind="str", help="")
+    assert str(secret.error("no", field="server.api_key", value="abc", source="a.yaml")) == "a.yaml: server.api_key: no"
+    assert str(plain.error("no", field="server.host", value="abc")) == "server.host = 'abc': no"

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_vlm.config import RULES, SECTIONS, ConfigError, EngineConfig
-from dist_vlm.config_load import LoadedConfig, add_config_flags, config_flags, dump_yaml, flag_of, load_config
+from dist_vlm.config_load import (
+    SERVER_RULES,
+    LoadedConfig,
+    add_config_flags,
+    config_flags,
+    dump_yaml,
+    flag_of,
+    load_config,
+)
+from dist_vlm.config_server import ServerConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
@@ -87,7 +96,7 @@ def test_a_dotted_path_is_relative_to_the_file(tmp_path: Path, given: str, found
         (
             "paralel: {}",
             "launch.yaml: paralel: unknown section; the sections are "
-            "model, vision, cache, scheduler, parallel, observability; the nearest is parallel",
+            "model, vision, cache, scheduler, parallel, observability, server; the nearest is parallel",
         ),
         (
             "max_num_seqs: 4",
@@ -145,11 +154,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
-KEYS = st.sampled_from([*SECTIONS, *RULES, "x"]) | st.text(max_size=5) | st.integers()
+KEYS = st.sampled_from([*SECTIONS, "server", *RULES, *SERVER_RULES, "x"]) | st.text(max_size=5) | st.integers()
 TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4))
 
 
-@given(TREES | st.dictionaries(st.sampled_from([*SECTIONS]), st.dictionaries(st.sampled_from([*RULES]), SCALARS)))
+SECTION_NAMES = st.sampled_from([*SECTIONS, "server"])
+FIELD_NAMES = st.sampled_from([*RULES, *SERVER_RULES])
+
+
+@given(TREES | st.dictionaries(SECTION_NAMES, st.dictionaries(FIELD_NAMES, SCALARS | st.lists(SCALARS, max_size=2))))
 def test_any_document_loads_or_is_refused(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     path = written(tmp_path_factory.getbasetemp(), yaml.safe_dump(tree))
     found = _outcome(path)
@@ -309,3 +322,163 @@ def test_an_error_of_resolving_names_the_flag_or_the_file(facts_7b: Path, tmp_pa
         load_config(path).resolve()
     with pytest.raises(ConfigError, match="^--max-model-len = 6000: must be an integer from 1 to 4096"):
         load_config(path, {"max_model_len": "6000"}).resolve()
+
+
+# ---- the server's section ----
+
+SERVER_FILLED = {
+    "host": "0.0.0.0",
+    "port": 0,
+    "served_model_name": "a: b",
+    "chat_template": "{{ messages }} # \n'",
+    "response_role": "model",
+    "root_path": "/v/1",
+    "allowed_origins": ("https://a.org",),
+    "allowed_methods": ("GET", "POST"),
+    "allowed_headers": ("x-a",),
+    "allow_credentials": True,
+    "ssl_keyfile": "/k",
+    "ssl_certfile": "/c",
+    "ssl_ca_certs": "/a",
+    "ssl_cert_reqs": 2,
+    "uvicorn_log_level": "error",
+    "disable_access_log": True,
+    "log_prompts": True,
+    "max_log_len": 9,
+    "disable_page": True,
+    "max_queued_requests": 3,
+    "max_body_mib": 1.5,
+    "body_timeout_s": 2.0,
+    "health_timeout_s": 3.0,
+    "drain_timeout_s": 0.0,
+    "allowed_media_hosts": ("*.a.org", "b.org"),
+    "allowed_media_networks": ("10.0.0.0/8",),
+    "disable_media_fetch": True,
+    "image_fetch_timeout_s": 0.5,
+    "max_image_mib": 2.0,
+    "media_memory_mib": 100,
+    "media_workers": 7,
+    "media_worker_memory_mib": 200,
+}
+
+
+def test_the_three_forms_give_one_server(tmp_path: Path) -> None:
+    server = ServerConfig(**SERVER_FILLED)
+    assert {*SERVER_FILLED, "api_key"} == set(SERVER_RULES)
+    assert not [name for name in SERVER_FILLED if getattr(server, name) == getattr(ServerConfig(), name)]
+    texts = {name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in SERVER_FILLED.items()}
+    assert load_config(None, {"model": "m", **texts}).server == server
+    dumped = dump_yaml(EngineConfig.from_fields(model="/m"), server=server)
+    loaded = load_config(written(tmp_path, dumped))
+    assert (loaded.server, loaded.config) == (server, EngineConfig.from_fields(model="/m"))
+    assert loaded.has_server
+
+
+def test_the_server_may_be_left_out(tmp_path: Path) -> None:
+    loaded = load_config(written(tmp_path, "model: {model: m}"))
+    assert loaded.server == ServerConfig()
+    assert not loaded.has_server
+    assert "server" not in dump_yaml(loaded.config)
+
+
+def test_an_engine_knows_no_field_of_the_server() -> None:
+    with pytest.raises(ConfigError, match="port = 1: unknown field"):
+        EngineConfig.from_fields(model="m", port=1)
+
+
+def test_flags_of_the_server_lie_over_its_section(tmp_path: Path) -> None:
+    path = written(tmp_path, "model: {model: m}\nserver: {port: 1, host: h, allowed_media_hosts: [a, b]}")
+    loaded = load_config(path, {"port": "2", "allowed_media_hosts": "none"})
+    assert (loaded.server.port, loaded.server.host, loaded.server.allowed_media_hosts) == (2, "h", None)
+    assert loaded.sources == {
+        "model": path, "host": path, "port": "--port", "allowed_media_hosts": "--allowed-media-hosts",
+    }  # fmt: skip
+
+
+def test_only_files_of_the_server_are_relative_to_the_file(tmp_path: Path) -> None:
+    text = (
+        "model: {model: m}\nserver:\n  ssl_keyfile: ./k\n  ssl_certfile: c\n  chat_template: ../t.jinja\n  host: ./h\n"
+    )
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    server = load_config(written(folder, text)).server
+    assert (server.ssl_keyfile, server.ssl_certfile) == (f"{folder}/k", "c")
+    assert (server.chat_template, server.host) == (f"{tmp_path}/t.jinja", "./h")
+    inline = load_config(written(folder, "model: {model: m}\nserver: {chat_template: './{{ messages }}/..'}")).server
+    assert inline.chat_template == "./{{ messages }}/.."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("server: {prot: 1}", "launch.yaml: server.prot: unknown key; the nearest is server.port"),
+        ("server: {block_size: 8}", "launch.yaml: server.block_size: unknown key in server; it belongs in cache"),
+        ("model: {port: 8}", "launch.yaml: model.port = 8: unknown key in model; it belongs in server.port"),
+        ("port: 8", "launch.yaml: port: unknown section; the key port belongs in server.port"),
+        ("serve: {}", "the nearest is server"),
+        ("server: {port: '8'}", "launch.yaml: server.port = '8': must be an integer, at least 0, at most 65_535 (it"),
+        ("server: {allowed_methods: GET}", "launch.yaml: server.allowed_methods = 'GET': must be a list of strings"),
+        ("server: {root_path: }", "launch.yaml: server.root_path = None: must be empty, or a path such as"),
+        ("model: {model: m}\nserver: {ssl_keyfile: k}", "launch.yaml: server.ssl_certfile = None: ssl_keyfile and"),
+        ("server: 4", "launch.yaml: server: must be a mapping of its keys host, port"),
+    ],
+)
+def test_a_wrong_server_is_an_error_that_names_the_place(tmp_path: Path, text: str, message: str) -> None:
+    assert message in error_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "server: {api_key: 's3 cret'}",
+        "server: {api_key: [s3cret]}",
+        "server: {api_keys: s3cret}",
+        "server: {password: s3cret}",
+        "server: [api_key, s3cret]",
+        "model: {api_key: s3cret}",
+        "model: {apikey: s3cret}",
+        "api_key: s3cret",
+        "server: {api_key: s3cret}",
+        "model: {model: m, seed: -1}\nserver: {api_key: s3cret}",
+    ],
+)
+def test_an_error_shows_no_key(tmp_path: Path, text: str) -> None:
+    found = error_of(tmp_path, text)
+    assert "s3" not in found
+    assert found.startswith("launch.yaml: ")
+
+
+def test_a_wrong_key_of_a_flag_is_not_shown(tmp_path: Path) -> None:
+    found = error_of(tmp_path, "model: {model: m}", {"api_key": "s3 cret"})
+    assert found == "--api-key: must be a string of visible ASCII characters, without spaces, or none"
+
+
+def test_a_dump_says_of_a_key_only_that_there_is_one(tmp_path: Path) -> None:
+    engine, server = EngineConfig.from_fields(model="/m"), ServerConfig(api_key="s3cret", port=1)
+    text = dump_yaml(engine, server=server)
+    assert "  # api_key is set, and not shown\n" in text
+    assert "s3cret" not in text
+    sources = dict.fromkeys([*RULES, *SERVER_RULES], "--x")
+    assert "  # api_key is set, and not shown: --x\n" in dump_yaml(engine, sources, server=server)
+    assert load_config(written(tmp_path, text)).server == ServerConfig(port=1)
+    assert "  api_key: null\n" in dump_yaml(engine, server=ServerConfig())
+
+
+def test_the_servers_flags_are_only_there_where_they_are_asked_for() -> None:
+    assert "--port" not in argparse_flags()
+    asked = argparse_flags([*RULES, *SERVER_RULES])
+    assert {flag_of(name) for name in SERVER_RULES} | {"--no-log-prompts"} <= asked
+
+
+def argparse_flags(*names: Any) -> set[str]:
+    parser = argparse.ArgumentParser(add_help=False)
+    add_config_flags(parser, *names)
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
+def test_the_environment_is_read_when_the_server_is_resolved(tmp_path: Path) -> None:
+    loaded = load_config(written(tmp_path, "model: {model: ./m}"))
+    server = loaded.resolve_server({"VLLM_API_KEY": "k", "DIST_VLM_IMAGE_FETCH_TIMEOUT": "2"})
+    assert (server.api_key, server.image_fetch_timeout_s, server.served_model_name) == ("k", 2.0, f"{tmp_path}/m")
+    with pytest.raises(ConfigError, match="^VLLM_IMAGE_FETCH_TIMEOUT = 'x': must be a number of seconds"):
+        loaded.resolve_server({"VLLM_IMAGE_FETCH_TIMEOUT": "x"})

@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_vlm.config import RULES, ConfigError, EngineConfig
 from dist_vlm.config_fields import nearest
-from dist_vlm.config_load import add_config_flags
+from dist_vlm.config_load import add_config_flags, flag_of
 
 VLM_FIELDS = (
     "image_input_type",
@@ -29,7 +29,7 @@ VLM_FIELDS = (
 HARMLESS = frozenset(
     {
         "disable_custom_all_reduce",  # the process group's own all-reduce is the only one so far
-        "disable_log_requests",  # requests are never logged
+        "disable_log_requests",  # no prompt is logged unless log_prompts asks for it
         "disable_sliding_window",  # no served model has one
         "enforce_eager",
         "fully_sharded_loras",  # this and the LoRA limits below mean nothing while enable_lora is refused
@@ -59,6 +59,12 @@ class Refusal:
     accepted: tuple[object, ...]
     instead: str
 
+    @property
+    def way_out(self) -> str:
+        """What may be given on a command line."""
+        others = " or ".join(str(one) for one in self.accepted if one is not None and one is not False)
+        return f"leave it out, or give {others}" if others else "leave it out"
+
 
 _LOCAL = "give `model` the path of a local checkpoint directory; nothing is downloaded and a directory has no revisions"
 _NO_SPECULATION = "speculative decoding is not served; leave it out"
@@ -73,7 +79,7 @@ REFUSED: Mapping[str, Refusal] = {
     "download_dir": Refusal((None,), _LOCAL),
     "enable_chunked_prefill": Refusal((None, True), "prompts are always prefilled in chunks; leave it out"),
     "enable_lora": Refusal((False,), _NO_LORA),
-    "engine_use_ray": Refusal((False,), "the engine runs in the calling process; only ranks run in Ray"),
+    "engine_use_ray": Refusal((False,), "only ranks run in Ray; the engine is in this process or one of its own"),
     "guided_decoding_backend": Refusal(("outlines",), "guided decoding is not served; leave it out"),
     "kv_cache_dtype": Refusal(("auto",), _NO_QUANTIZATION),
     "model_loader_extra_config": Refusal((None,), "use load_format='safetensors' or 'dummy'"),
@@ -100,6 +106,12 @@ REFUSED: Mapping[str, Refusal] = {
     "tokenizer_mode": Refusal(("auto",), "the fast tokenizer is always used"),
     "tokenizer_revision": Refusal((None,), _LOCAL),
     "trust_remote_code": Refusal((False,), "code of a checkpoint is never run; the served families are built in"),
+}
+
+# Flags of that release's server alone. Those that are not here are fields of the configuration's section `server`.
+SERVER_REFUSED: Mapping[str, Refusal] = {
+    "lora_modules": Refusal((None,), _NO_LORA),
+    "middleware": Refusal((None,), "the server loads no code by name; let a proxy in front of it do the work"),
 }
 
 # Fields whose None means "the default" to a caller of the old names, where the field itself takes no None.
@@ -142,6 +154,25 @@ def _check_accepted(name: str, value: object) -> None:
         return
     accepted = " or ".join(repr(one) for one in refusal.accepted)
     raise ConfigError(f"is not served (only {accepted} is accepted): {refusal.instead}", field=name, value=value)
+
+
+def check_flag(name: str, text: str | None) -> None:
+    """Raises `ConfigError`, with what to use instead, where a command line's text is no accepted value of a flag in
+    `REFUSED` or `SERVER_REFUSED`. text: None for a flag that takes no value."""
+    refusal = {**REFUSED, **SERVER_REFUSED}[name]
+    if any(_reads_as("true" if text is None else text, one) for one in refusal.accepted):
+        return
+    flag, problem = flag_of(name), f"is not served ({refusal.way_out}): {refusal.instead}"
+    raise ConfigError(f"{flag} {problem}") if text is None else ConfigError(problem, value=text, source=flag)
+
+
+def _reads_as(text: str, value: object) -> bool:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(text) == value
+        except ValueError:
+            return False
+    return text.lower() == str(value).lower()
 
 
 def _same_number(value: object, refusal: Refusal) -> bool:

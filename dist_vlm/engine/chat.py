@@ -32,7 +32,7 @@ _RESERVED = frozenset(
 class ChatOptions:
     """How a conversation is rendered.
 
-    chat_template: Jinja, or the name of one of the tokenizer's templates; None takes the tokenizer's own.
+    chat_template: Jinja, or the name of one of the tokenizer's templates; None takes the renderer's own.
     add_generation_prompt: whether the template begins the assistant's answer.
     tools: tools the assistant may call, as JSON data. template_kwargs: more names for the template, as JSON data.
     """
@@ -65,14 +65,36 @@ class ChatRenderer:
     it is, or as one part where the template takes no strings.
 
     image_token_id: None for a model without pictures. max_pixels: largest picture in a data: URL.
+    default_template: Jinja, taken in place of the tokenizer's own template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, image_token_id: int | None, max_pixels: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        image_token_id: int | None,
+        max_pixels: int,
+        default_template: str | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
         self._max_pixels = max_pixels
-        self._templates = ChatTemplates(tokenizer)
+        self._templates = ChatTemplates(tokenizer, default_template)
         self._special = SpecialText(tokenizer, image_token_id=image_token_id)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations that bring no template of their own can be rendered."""
+        return self._templates.has_default
+
+    @property
+    def placeholder(self) -> str | None:
+        """The text of the image placeholder; None for a model without pictures."""
+        return None if self._image_token_id is None else self._placeholder
+
+    def check_template(self) -> None:
+        """Raises `ValueError` where there is no template to take, or it is not Jinja."""
+        self._templates.form(self._templates.resolve(None, None))
 
     def render(self, messages: Any, options: ChatOptions | None = None) -> ChatPrompt:
         """Raises `ValueError` naming the message, the part, the value and what is allowed."""

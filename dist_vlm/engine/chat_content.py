@@ -24,15 +24,23 @@ _SHOWN_CHARACTERS = 80
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """source: a PIL picture, or a data: URL. name: where it stands in the messages."""
+    """source: a PIL picture, or a URL: data:, and http: or https: where those are fetched. name: where it stands in
+    the messages."""
 
     source: Image.Image | str
     name: str
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it must be fetched first."""
+        return isinstance(self.source, str) and not _is_data(self.source)
 
     def open(self, *, max_pixels: int) -> Image.Image:
         """Not decoded yet. Raises `PictureError`."""
         if isinstance(self.source, Image.Image):
             return self.source
+        if self.is_remote:
+            raise PictureError(f"{self.name}.url = {_short(self.source)}: was not fetched")
         return open_data_url(self.source, name=self.name, max_pixels=max_pixels)
 
 
@@ -49,14 +57,21 @@ class Message:
         return [part for part in self.content if isinstance(part, Picture)] if isinstance(self.content, tuple) else []
 
     @property
+    def content_texts(self) -> list[str]:
+        """The texts of its content."""
+        parts = self.content if isinstance(self.content, tuple) else (self.content,)
+        return [part for part in parts if isinstance(part, str)]
+
+    @property
     def texts(self) -> list[str]:
         """Every text that a client wrote in it."""
-        parts = self.content if isinstance(self.content, tuple) else (self.content,)
-        return [*(part for part in parts if isinstance(part, str)), *texts_of(self.fields)]
+        return [*self.content_texts, *texts_of(self.fields)]
 
 
-def parse_messages(messages: Any) -> tuple[Message, ...]:
+def parse_messages(messages: Any, *, fetches: bool = False) -> tuple[Message, ...]:
     """One conversation in OpenAI's form. A key whose value is None counts as absent.
+
+    fetches: whether the caller fetches pictures by their http: and https: URLs; without, those are refused.
 
     A content is a string or a list of parts: {"type": "text", "text": ...}, {"type": "image_url", "image_url":
     {"url": "data:image/...;base64,..."}} (a `detail` beside the url has no effect: the model decides how a picture is
@@ -68,7 +83,7 @@ def parse_messages(messages: Any) -> tuple[Message, ...]:
         raise ValueError(f"messages of type {type(messages).__name__}: must be a list of messages")
     if not messages:
         raise ValueError("messages is empty: must have at least one message")
-    return tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+    return tuple(_message(message, f"messages[{index}]", fetches) for index, message in enumerate(messages))
 
 
 def plain_json(value: Any, where: str, *, depth: int = 0) -> Any:
@@ -103,7 +118,7 @@ def texts_of(value: Any) -> Iterator[str]:
             yield from texts_of(item)
 
 
-def _message(message: Any, where: str) -> Message:
+def _message(message: Any, where: str, fetches: bool) -> Message:
     given = _present(message, where, _KEYS)
     role = given.get("role")
     if role not in ROLES:
@@ -119,20 +134,20 @@ def _message(message: Any, where: str) -> Message:
         if not fields.get("tool_calls"):
             raise ValueError(f"{where} has no content: only a message with tool_calls may be without")
         return Message(None, fields)
-    return Message(_content(content, f"{where}.content"), fields)
+    return Message(_content(content, f"{where}.content", fetches), fields)
 
 
-def _content(content: Any, where: str) -> str | tuple[str | Picture, ...]:
+def _content(content: Any, where: str, fetches: bool) -> str | tuple[str | Picture, ...]:
     if isinstance(content, str):
         return _text(content, where)
     if not isinstance(content, Sequence):
         raise ValueError(f"{where} of type {type(content).__name__}: must be a string or a list of parts")
     if not content:
         raise ValueError(f"{where} is an empty list: must be a string or have at least one part")
-    return tuple(_part(part, f"{where}[{index}]") for index, part in enumerate(content))
+    return tuple(_part(part, f"{where}[{index}]", fetches) for index, part in enumerate(content))
 
 
-def _part(part: Any, where: str) -> str | Picture:
+def _part(part: Any, where: str, fetches: bool) -> str | Picture:
     if not isinstance(part, Mapping):
         raise ValueError(f"{where} of type {type(part).__name__}: must be a map with a type")
     kind = part.get("type")
@@ -148,22 +163,28 @@ def _part(part: Any, where: str) -> str | Picture:
         if not isinstance(value, Image.Image):
             raise ValueError(f"{where}.image of type {type(value).__name__}: must be a PIL picture")
         return Picture(value, where)
-    return Picture(_data_url(value, f"{where}.image_url"), where)
+    return Picture(_url(value, f"{where}.image_url", fetches), where)
 
 
-def _data_url(image_url: Any, where: str) -> str:
+def _url(image_url: Any, where: str, fetches: bool) -> str:
     given = _present(image_url, where, ("url", "detail"))
     url, detail = given.get("url"), given.get("detail", "auto")
     if detail not in _DETAILS:
         raise ValueError(f"{where}.detail = {_short(detail)}: must be one of {', '.join(_DETAILS)}")
     if not isinstance(url, str):
         raise ValueError(f"{where}.url of type {type(url).__name__}: must be a string")
-    if url[:5].lower() == "data:":
+    if _is_data(url):
         return url
-    scheme = url[:8].lower()
-    if scheme.startswith(("http:", "https:")):
+    if url[:6].lower().startswith(("http:", "https:")):
+        if fetches:
+            return url
         raise PictureError(f"{where}.url = {_short(url)}: is not fetched here; give the picture as a data: URL")
-    raise PictureError(f"{where}.url = {_short(url)}: files are not read; give the picture as a data: URL")
+    forms = "a data: URL or by http(s)" if fetches else "a data: URL"
+    raise PictureError(f"{where}.url = {_short(url)}: files are not read; give the picture as {forms}")
+
+
+def _is_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
 
 
 def _tool_calls(calls: Any, where: str) -> list[Any]:

@@ -17,6 +17,8 @@ _log = logging.getLogger(__name__)
 _PROBE = "probe7Q"
 # What a list of parts looks like where a template writes it out as it is.
 _QUOTED = ("'text'", '"text"')
+# Templates of a tokenizer that has several, which are taken where none is named.
+_UNNAMED = {"default", "tool_use"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +34,34 @@ class TemplateRefusalError(ValueError):
 
 
 class ChatTemplates:
-    """Finds, examines and renders the templates of one tokenizer."""
+    """Finds, examines and renders the templates of one tokenizer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    default: the template to take before the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, default: str | None = None) -> None:
         self._tokenizer = tokenizer
+        self._default = default
         self._forms: dict[str, ContentForm] = {}
 
+    @property
+    def has_default(self) -> bool:
+        """Whether there is a template where none is named."""
+        own = self._tokenizer.chat_template
+        return self._default is not None or (bool(own.keys() & _UNNAMED) if isinstance(own, dict) else own is not None)
+
     def resolve(self, chat_template: str | None, tools: Any) -> str:
-        """The template's text: the argument, or the name of one of the tokenizer's, else the tokenizer's own.
-        Raises `ValueError` where there is none, or it has no place for the tools."""
+        """The template's text: the argument, or the name of one of the tokenizer's, else the default.
+
+        Raises `ValueError` where there is none, or it has no place for the tools.
+        """
         if chat_template is not None and not isinstance(chat_template, str):
             raise ValueError(f"chat_template of type {type(chat_template).__name__}: must be a string or None")
         own = self._tokenizer.chat_template
+        chat_template = self._default if chat_template is None else chat_template
         if chat_template is None and own is None:
             raise ValueError("chat_template = None, and the tokenizer has no chat template: pass one")
-        if chat_template is None and isinstance(own, dict) and not own.keys() & {"default", "tool_use"}:
+        if chat_template is None and isinstance(own, dict) and not own.keys() & _UNNAMED:
             raise ValueError(f"chat_template = None, and the tokenizer has several: must be one of {', '.join(own)}")
         template: str = self._tokenizer.get_chat_template(chat_template, tools)
         if tools and "tools" not in template:

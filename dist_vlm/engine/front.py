@@ -11,6 +11,7 @@ from dist_vlm.config import EngineConfig
 from dist_vlm.engine.chat import ChatRenderer
 from dist_vlm.engine.images import ImagePreparer
 from dist_vlm.engine.processor import Processor
+from dist_vlm.engine.template_source import built_in_template, given_template, stored_template
 from dist_vlm.workers.models import ModelSpec, get_family, read_spec
 
 if TYPE_CHECKING:
@@ -25,11 +26,14 @@ class Front:
     chat: ChatRenderer
 
 
-def load_front(config: EngineConfig, *, serves_logits_processors: bool = False) -> Front:
+def load_front(
+    config: EngineConfig, *, serves_logits_processors: bool = False, chat_template: str | None = None
+) -> Front:
     """Loads the tokenizer and the image processor of a resolved configuration. Raises `ValueError` naming the
     directory if one is missing or unreadable.
 
     serves_logits_processors: whether the executor does; without, requests that bring some are refused.
+    chat_template: as in `load_chat`.
     """
     spec = read_spec(config.model.model)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.model)
@@ -46,8 +50,35 @@ def load_front(config: EngineConfig, *, serves_logits_processors: bool = False) 
         max_logprobs=config.scheduler.max_logprobs,
         serves_logits_processors=serves_logits_processors,
     )
-    chat = ChatRenderer(tokenizer, image_token_id=spec.image_token_id, max_pixels=config.vision.max_image_pixels)
-    return Front(spec, tokenizer, processor, chat)
+    return Front(spec, tokenizer, processor, load_chat(config, tokenizer, chat_template=chat_template))
+
+
+def load_chat(config: EngineConfig, tokenizer: Any, *, chat_template: str | None = None) -> ChatRenderer:
+    """What renders conversations for a resolved configuration and its tokenizer.
+
+    chat_template: a template, as its text or its file, which comes before all others. None takes the tokenizer's, else
+    the one in a file chat_template.jinja or chat_template.json beside it or in the checkpoint's directory, else the
+    family's. Raises `ValueError` (`ConfigError`) for one that cannot be read or is not Jinja.
+    """
+    spec = read_spec(config.model.model)
+    if chat_template is not None:
+        template: str | None = given_template(chat_template)
+    elif tokenizer.chat_template is not None:
+        template = None
+    else:
+        folders = [folder for folder in (config.model.tokenizer, config.model.model) if folder is not None]
+        template = stored_template(folders)
+        if template is None:
+            template = built_in_template(spec.family, get_family(spec.family).chat_template)
+    chat = ChatRenderer(
+        tokenizer,
+        image_token_id=spec.image_token_id,
+        max_pixels=config.vision.max_image_pixels,
+        default_template=template,
+    )
+    if template is not None:
+        chat.check_template()
+    return chat
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 
 from dist_vlm.config import RULES, ConfigError, EngineConfig
-from dist_vlm.engine.arg_utils import HARMLESS, REFUSED, VLM_FIELDS, _vlm_engine_args_parser, engine_config
+from dist_vlm.config_fields import rules_of
+from dist_vlm.config_server import ServerConfig
+from dist_vlm.engine.arg_utils import (
+    HARMLESS,
+    REFUSED,
+    SERVER_REFUSED,
+    VLM_FIELDS,
+    _vlm_engine_args_parser,
+    check_flag,
+    engine_config,
+)
 
 # Every engine flag of vLLM 0.5.0.post1 with the default its source gives it, as keyword arguments.
 OLD_FLAGS: dict[str, Any] = {
@@ -193,6 +203,33 @@ def test_every_refusal_refuses_something() -> None:
 def test_an_unknown_argument_is_told_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"{name} = 1: unknown argument; the nearest is {nearest}"):
         engine_config(model="m", **{name: 1})
+
+
+@pytest.mark.parametrize("name", [name for name in rules_of(ServerConfig) if name not in OLD_FLAGS])
+def test_a_field_of_the_server_is_no_argument(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} = 1: unknown argument"):
+        engine_config(model="m", **{name: 1})
+
+
+def test_the_name_for_clients_is_no_argument_either() -> None:
+    with pytest.raises(ConfigError, match="^served_model_name = 'n': is not served .* this is not a server"):
+        engine_config(model="m", served_model_name="n")
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *SERVER_REFUSED])
+def test_a_refused_flag_says_what_may_be_given(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_flag(name, "something else")
+    flag = "--" + name.replace("_", "-")
+    assert str(caught.value).startswith(f"{flag} = 'something else': is not served (leave it out")
+    for accepted in {**REFUSED, **SERVER_REFUSED}[name].accepted:
+        check_flag(name, str(accepted))
+
+
+def test_a_switch_is_refused_without_a_value() -> None:
+    with pytest.raises(ConfigError, match="^--enable-lora is not served .leave it out.: LoRA adapters are not served"):
+        check_flag("enable_lora", None)
+    check_flag("enable_chunked_prefill", None)
 
 
 def test_a_wrong_value_is_named_as_the_caller_wrote_it() -> None:

@@ -77,6 +77,25 @@ def test_a_template_is_found_by_its_name(bare):
         templates.resolve(None, None)
 
 
+def test_a_default_comes_before_the_tokenizers_own(demo, bare):
+    assert ChatTemplates(demo, "D").resolve(None, None) == "D"
+    assert ChatTemplates(demo, "D").resolve("{{ 1 }}", None) == "{{ 1 }}"
+    assert ChatTemplates(bare, "D").resolve(None, None) == "D"
+    with pytest.raises(ValueError, match="no place for them"):
+        ChatTemplates(demo, "D").resolve(None, [{"type": "function"}])
+
+
+def test_whether_there_is_a_default(demo, bare):
+    assert ChatTemplates(demo).has_default
+    assert ChatTemplates(bare, "D").has_default
+    assert not ChatTemplates(bare).has_default
+    bare.chat_template = {"one": "1"}
+    assert not ChatTemplates(bare).has_default
+    assert ChatTemplates(bare, "D").has_default
+    bare.chat_template = {"tool_use": "1"}
+    assert ChatTemplates(bare).has_default
+
+
 def test_tools_that_a_template_would_drop_are_refused(demo):
     with pytest.raises(ValueError, match="no place for them"):
         ChatTemplates(demo).resolve(None, [{"type": "function"}])

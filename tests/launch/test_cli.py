@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from dist_vlm.config import RULES
-from dist_vlm.config_load import flag_of
+from dist_vlm.config_load import SERVER_RULES, flag_of
 from dist_vlm.launch import cli, info
 from dist_vlm.version import __version__
 
-HEAVY = ("torch", "ray", "transformers", "numpy", "PIL")
+HEAVY = ("torch", "ray", "transformers", "numpy", "PIL", "fastapi", "uvicorn", "aiohttp")
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
@@ -42,6 +42,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]
         (["generate"], "one of the arguments --prompt --input is required"),
         (["generate", "--prompt", "x", "--input", "y"], "argument --input: not allowed with argument --prompt"),
         (["check"], "model.model is missing"),
+        (["serve"], "model.model is missing"),
+        (["serve", "--prot", "1"], "unknown flag --prot; the nearest is --port"),
+        (["serve", "--model", "m", "--port", "70000"], "--port = '70000': must be an integer, at least 0, at most 65"),
+        (["generate", "--prompt", "x", "--model", "m", "--port", "1"], "unknown flag --port"),
         (["generate", "--prompt", "x", "--max-tokens", "ten"], "argument --max-tokens: 'ten': must be an integer"),
         (["generate", "--prompt", "x", "--top-p", "nan"], "argument --top-p: 'nan': must be a finite number"),
         (["generate", "--prompt", "x"], "model.model is missing"),
@@ -96,7 +100,10 @@ GENERATE = "prompt image input output resume media-root max-tokens temperature t
 CHECK = "ranks probes tolerance json reference-device"
 
 
-@pytest.mark.parametrize(("command", "flags"), [("generate", GENERATE), ("check", CHECK)])
+SERVE = " ".join(name.replace("_", "-") for name in SERVER_RULES)
+
+
+@pytest.mark.parametrize(("command", "flags"), [("generate", GENERATE), ("check", CHECK), ("serve", SERVE)])
 def test_a_run_takes_every_field_as_a_flag_and_its_own(command: str, flags: str) -> None:
     parser = cli.build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
@@ -108,7 +115,15 @@ def test_a_run_takes_every_field_as_a_flag_and_its_own(command: str, flags: str)
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["generate", "--help"], ["check", "--help"], ["config", "show", "FILE"], ["--version"]]
+    "words",
+    [
+        ["--help"],
+        ["generate", "--help"],
+        ["check", "--help"],
+        ["serve", "--help"],
+        ["config", "show", "FILE"],
+        ["--version"],
+    ],
 )
 def test_a_look_costs_no_heavy_import(words: list[str], tiny_facts: Path, tmp_path: Path) -> None:
     file = tmp_path / "launch.yaml"

@@ -53,3 +53,46 @@ def test_a_missing_checkpoint_is_an_error_unless_left_out(capsys: pytest.Capture
     assert "  model: /absent/m\n" in text
     assert "  max_model_len: null\n" in text
     assert "  kv_cache_memory_gib: 1.0\n" in text
+
+
+def test_the_servers_section_is_shown_where_the_file_has_one_or_it_is_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_facts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIST_VLM_IMAGE_FETCH_TIMEOUT", "7")
+    file = launch_file(tmp_path, tiny_facts)
+    assert "server:" not in show(capsys, file)
+    asked = show(capsys, file, "--server")
+    assert f"  served_model_name: {tiny_facts}\n" in asked
+    assert "  image_fetch_timeout_s: 7.0\n" in asked
+    with_server = tmp_path / "server.yaml"
+    with_server.write_text(Path(file).read_text() + "server: {port: 9, served_model_name: m}\n")
+    text = show(capsys, str(with_server))
+    assert "  port: 9\n" in text
+    again = tmp_path / "again.yaml"
+    again.write_text(text)
+    loaded = load_config(str(again))
+    assert loaded.config == load_config(file).resolve()
+    assert loaded.server == load_config(str(with_server)).resolve_server({"DIST_VLM_IMAGE_FETCH_TIMEOUT": "7"})
+
+
+def test_the_servers_sources_are_told_and_no_key(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_facts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    file = tmp_path / "server.yaml"
+    file.write_text(f"model: {{model: {tiny_facts}}}\nserver: {{port: 9}}\n")
+    text = show(capsys, str(file), "--sources")
+    lines = text.splitlines()
+    assert f"  port: 9  # {file}" in lines
+    assert "  host: 127.0.0.1  # default" in lines
+    assert f"  served_model_name: {tiny_facts}  # resolved" in lines
+    assert "  # api_key is set, and not shown: VLLM_API_KEY" in lines
+    assert "s3cret" not in text
+
+
+def test_a_wrong_variable_is_told_by_its_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_facts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_IMAGE_FETCH_TIMEOUT", "soon")
+    assert cli.main(["config", "show", launch_file(tmp_path, tiny_facts), "--server"]) == 2
+    assert capsys.readouterr().err.startswith("dist-vlm: error: VLLM_IMAGE_FETCH_TIMEOUT = 'soon': must be a number")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import pytest
 from PIL import Image
 
 from dist_vlm.config import EngineConfig
+from dist_vlm.engine.front import load_tokenizer
 from dist_vlm.launch import cli
+from dist_vlm.workers.models import get_family
 
 WORDS = ["a", "red", "square"]
+loaded_once = functools.cache(load_tokenizer)
 
 
 class ScriptedLLM:
@@ -40,7 +44,7 @@ class ScriptedLLM:
                 raise self.failure
 
     def get_tokenizer(self) -> Any:
-        return SimpleNamespace(chat_template=None, convert_ids_to_tokens={32000: "<image>"}.get)
+        return loaded_once(str(self.config.model.tokenizer))
 
     def shutdown(self) -> None:
         self.closed = True
@@ -150,8 +154,15 @@ def test_a_failure_of_the_run_ends_the_engine_and_is_one_line(
 
 
 def test_pictures_without_a_place_or_a_template_are_refused(
-    llm: type[ScriptedLLM], picture: str, tiny_facts: Path, capsys: pytest.CaptureFixture[str]
+    llm: type[ScriptedLLM],
+    picture: str,
+    tiny_facts: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(loaded_once(str(tiny_facts)), "chat_template", None)
+    monkeypatch.setattr("dist_vlm.engine.front.stored_template", lambda folders: None)
+    monkeypatch.setattr(type(get_family("llava")), "chat_template", None)
     words = ["--model", str(tiny_facts), "--prompt", "what?", "--image", picture, "--no-progress"]
     assert cli.main(["generate", *words]) == 1
     assert "no chat template: mark the place of each picture in the prompt with <image>" in capsys.readouterr().err

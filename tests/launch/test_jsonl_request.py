@@ -9,7 +9,7 @@ from PIL import Image
 
 from dist_vlm import SamplingParams
 from dist_vlm.config import EngineConfig, resolve
-from dist_vlm.engine.front import load_tokenizer
+from dist_vlm.engine.front import load_chat, load_tokenizer
 from dist_vlm.launch.jsonl import Line
 from dist_vlm.launch.jsonl_request import RequestMaker, answer_of
 from dist_vlm.launch.local_media import LocalMedia
@@ -28,10 +28,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def maker(tiny_facts: Path, root: Path) -> RequestMaker:
-    vision = resolve(EngineConfig.from_fields(model=str(tiny_facts), device="cpu", max_images_per_prompt=2)).vision
+    config = resolve(EngineConfig.from_fields(model=str(tiny_facts), device="cpu", max_images_per_prompt=2))
     return RequestMaker(
-        tokenizer=load_tokenizer(str(tiny_facts)),
-        vision=vision,
+        chat=load_chat(config, load_tokenizer(str(tiny_facts))),
+        vision=config.vision,
         media=LocalMedia(root, max_pixels=1000),
         defaults=SamplingParams(temperature=0.5, max_tokens=128, seed=3),
     )

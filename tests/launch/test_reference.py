@@ -15,6 +15,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from dist_vlm.config import EngineConfig, resolve
 from dist_vlm.launch.probes import Probe, make_probes
 from dist_vlm.launch.reference import Reference
+from dist_vlm.workers.models import get_family
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "checkpoint"
 NUM_TOKENS = 6
@@ -87,7 +88,9 @@ def test_generation_settings_of_the_checkpoint_do_not_count(reference: Reference
     assert answer.token_ids == expected.token_ids
 
 
-def test_without_a_template_pictures_go_before_the_text(tmp_path: Path) -> None:
+def test_without_a_template_it_is_the_familys_and_without_that_pictures_go_before_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = json.loads((DEMO / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     copy = changed(
@@ -98,6 +101,9 @@ def test_without_a_template_pictures_go_before_the_text(tmp_path: Path) -> None:
         tokenizer_config__json=json.dumps(settings),
     )
     probe = Probe("x", "What?", (Image.new("RGB", (9, 9)),))
+    familys = Reference(config_of(copy), device="cpu")
+    assert familys.answer(probe, num_tokens=1).prompt == "USER: <image>\nWhat? ASSISTANT:"
+    monkeypatch.setattr(type(get_family("llava")), "chat_template", None)
     assert Reference(config_of(copy), device="cpu").answer(probe, num_tokens=1).prompt == "<image>\nWhat?"
 
 

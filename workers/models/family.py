@@ -50,7 +50,7 @@ class VisionModel(ABC):
 
 
 class ImageProcessor(ABC):
-    """The host's half of a family: pictures to pixel tensors. Runs in the driver."""
+    """The host's half of a family: pictures to pixel tensors. Runs in the driver, and in processes without torch."""
 
     @abstractmethod
     def preprocess(self, image: Image.Image) -> np.ndarray:
@@ -90,6 +90,11 @@ class ModelFamily(ABC):
     @abstractmethod
     def load_vision(self, model: VisionModel, spec: ModelSpec, source: WeightSource) -> None:
         """Fills the vision encoder and projector."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja, for checkpoints of the family that bring no chat template; None where there is no usual one."""
+        return None
 
     @abstractmethod
     def image_processor(self, spec: ModelSpec, path: str | None = None) -> ImageProcessor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.workers.models.family import ImageProcessor, LanguageModel, ModelFamily, VisionModel
@@ -55,6 +56,10 @@ class LlavaFamily(ModelFamily):
 
         load_vision(model.module, llava_config.read_facts(spec.path).vision, source)
         pack_linears(model.module)
+
+    @property
+    def chat_template(self) -> str:
+        return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
     def image_processor(self, spec: ModelSpec, path: str | None = None) -> ImageProcessor:
         from dist_vlm.workers.models.llava.processor import PilImageProcessor

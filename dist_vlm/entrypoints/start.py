@@ -1,0 +1,47 @@
+"""From a configuration, as a command has read it, to a running server."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+
+from dist_vlm.config import ConfigError, EngineConfig
+from dist_vlm.config_load import LoadedConfig
+from dist_vlm.config_server import ServerConfig
+from dist_vlm.engine.template_source import given_template
+
+PACKAGES = ("fastapi", "uvicorn", "aiohttp", "prometheus_client")
+_FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
+
+
+def start_server(loaded: LoadedConfig) -> int:
+    """Serves until it is told to end; returns the exit status.
+
+    Raises `ConfigError` naming the file, flag or variable of what cannot be served, and `RuntimeError` where the
+    server's packages are missing, both before anything is started.
+    """
+    engine, server = loaded.resolve(), loaded.resolve_server(os.environ)
+    try:
+        _check_servable(engine, server)
+    except ConfigError as error:
+        raise loaded.located(error) from None
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise RuntimeError(f"the server's packages are missing ({names}): pip install 'dist-vlm[server]'")
+    serve = importlib.import_module("dist_vlm.server.serve").serve
+    return int(serve(engine, server))
+
+
+def _check_servable(engine: EngineConfig, server: ServerConfig) -> None:
+    kind = engine.vision.image_input_type
+    if kind not in (None, "pixel_values"):
+        problem = "a server takes pictures, not what a vision tower made of them: must be pixel_values or left out"
+        raise ConfigError(problem, field="vision.image_input_type", value=kind)
+    if server.chat_template is not None:
+        given_template(server.chat_template, field="server.chat_template")
+    for name in _FILES:
+        path = getattr(server, name)
+        if path is not None and not os.path.isfile(path):
+            raise ConfigError("must be an existing file", field=f"server.{name}", value=path)

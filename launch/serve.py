@@ -1,0 +1,35 @@
+"""`dist-vlm serve`: the OpenAI-compatible HTTP server."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dist_vlm.config import RULES
+from dist_vlm.config_load import SERVER_RULES, add_config_flags, config_flags, load_config
+from dist_vlm.entrypoints.start import start_server
+
+_TEXT = """\
+Serves a model over HTTP in OpenAI's form: /v1/chat/completions, /v1/completions, /v1/models and others; a page to try
+it is at /. Without a file, --model is enough.
+
+It listens on 127.0.0.1 only, unless --host says otherwise; then give an --api-key too (or set DIST_VLM_API_KEY, which
+no list of processes shows). Pictures are fetched from public addresses alone, unless --allowed-media-networks says
+otherwise. A SIGTERM ends it once the requests in work have ended."""
+
+
+def add_command(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description=_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    serve.add_argument("--config", metavar="FILE", help="YAML file; without it --model is needed")
+    add_config_flags(serve, (*RULES, *SERVER_RULES))
+    serve.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return start_server(load_config(arguments.config, config_flags(arguments)))
