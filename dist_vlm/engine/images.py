@@ -11,7 +11,7 @@ from PIL import Image
 
 from dist_vlm.engine.object_locks import ObjectLocks
 from dist_vlm.executor.base import StageKind
-from dist_vlm.media import content_key, to_rgb
+from dist_vlm.media import PictureError, content_key, to_rgb
 from dist_vlm.multimodal.image import ImageFeatureData, ImagePixelData
 
 if TYPE_CHECKING:
@@ -56,26 +56,34 @@ class ImagePreparer:
         return [self._prepare_one(image, f"image {index}") for index, image in enumerate(images)]
 
     def _prepare_one(self, image: Any, name: str) -> PreparedImage:
+        if isinstance(image, PreparedImage):
+            return self._prepared(image, name)
         if isinstance(image, ImageFeatureData):
             return self._features(image.image_features, name)
         if isinstance(image, ImagePixelData):
             image = image.image
         if isinstance(image, Image.Image):
-            return self._picture(image, name)
+            return self.preprocessed(self.decoded(image, name))
         if _is_tensor(image):
             return self._pixels(image, name)
         raise ValueError(
             f"{name} of type {type(image).__name__}: must be a PIL picture, an ImagePixelData or an ImageFeatureData"
         )
 
-    def _picture(self, picture: Image.Image, name: str) -> PreparedImage:
+    def decoded(self, picture: Image.Image, name: str) -> Image.Image:
+        """The picture in RGB, as people see it. Raises `ValueError` if pictures are not accepted, a `PictureError` if
+        this one cannot be used."""
         self._accept("pixel_values", name)
         if self._processor is None:
             raise ValueError(f"{name} is a picture, but disable_image_processor is set: pass preprocessed pixel values")
         self._check_aspect(picture, name)
         # PIL decodes a picture when it is first used; two requests with the same one must not do so at the same time.
         with self._decoding.holding(picture):
-            rgb = to_rgb(picture, max_pixels=self._vision.max_image_pixels, name=name)
+            return to_rgb(picture, max_pixels=self._vision.max_image_pixels, name=name)
+
+    def preprocessed(self, rgb: Image.Image) -> PreparedImage:
+        """What `decoded` gave, as the model takes it."""
+        assert self._processor is not None
         array = self._processor.preprocess(rgb)
         return PreparedImage(content_key(rgb, settings=self._processor.digest), "pixel_values", array)
 
@@ -85,23 +93,39 @@ class ImagePreparer:
         target, (shorter, longer) = max(self._spec.image_input_shape[2:]), sorted(picture.size)
         limit = self._vision.max_image_pixels
         if shorter and longer / shorter * target * target > limit:
-            raise ValueError(
+            raise PictureError(
                 f"{name}: {picture.size[0]}x{picture.size[1]} is {longer / shorter:.0f} times longer than wide; scaled "
                 f"for the model it has more than max_image_pixels = {limit}, which allows {limit // target**2} times"
             )
 
+    def _prepared(self, image: PreparedImage, name: str) -> PreparedImage:
+        self._accept(image.kind, name)
+        expected = self._shape(image.kind)
+        if image.array.shape != expected or image.array.dtype != np.float32:
+            raise ValueError(
+                f"{name}: prepared {image.kind} have shape {image.array.shape} and dtype {image.array.dtype}; must be "
+                f"{expected} and float32"
+            )
+        return image
+
     def _pixels(self, tensor: Any, name: str) -> PreparedImage:
         self._accept("pixel_values", name)
-        array = _to_array(tensor, self._spec.image_input_shape, f"{name}: pixel values")
+        array = _to_array(tensor, self._shape("pixel_values"), f"{name}: pixel values")
         return PreparedImage(content_key(array, settings="pixel_values"), "pixel_values", array)
 
     def _features(self, tensor: Any, name: str) -> PreparedImage:
         self._accept("image_features", name)
         if not _is_tensor(tensor):
             raise ValueError(f"{name}: image_features of type {type(tensor).__name__}: must be a tensor")
-        shape = (1, self._spec.image_feature_size, self._spec.image_feature_width)
-        array = _to_array(tensor, shape, f"{name}: image_features")
+        array = _to_array(tensor, self._shape("image_features"), f"{name}: image_features")
         return PreparedImage(content_key(array, settings="image_features"), "image_features", array)
+
+    def _shape(self, kind: StageKind) -> tuple[int | None, ...]:
+        """Of one image's array."""
+        if kind == "image_features":
+            return (1, self._spec.image_feature_size, self._spec.image_feature_width)
+        assert self._spec.image_input_shape is not None
+        return tuple(self._spec.image_input_shape)
 
     def _accept(self, kind: StageKind, name: str) -> None:
         only = self._vision.image_input_type
@@ -134,10 +158,9 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _to_array(tensor: Any, shape: Sequence[int | None] | None, name: str) -> np.ndarray:
-    """A float32 copy of exactly `shape`; the first axis, of size 1, may be missing."""
-    assert shape is not None
-    expected, actual = tuple(shape), tuple(tensor.shape)
+def _to_array(tensor: Any, expected: tuple[int | None, ...], name: str) -> np.ndarray:
+    """A float32 copy of exactly the shape `expected`; the first axis, of size 1, may be missing."""
+    actual = tuple(tensor.shape)
     if actual not in (expected, expected[1:]):
         raise ValueError(f"{name} have shape {actual}; must be {expected} or {expected[1:]}")
     if not tensor.is_floating_point():

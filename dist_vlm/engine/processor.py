@@ -96,6 +96,13 @@ class Processor:
             )
         return ProcessedPrompt(request_id, parsed["prompt"], requests)
 
+    def check_size(self, token_ids: list[int], num_images: int) -> None:
+        """Checks a prompt before its pictures are there: their number, their placeholders, the length with them.
+        Raises `ValueError`."""
+        self._images.listed({"image": [None] * num_images})
+        expanded, _ = self._expand(token_ids, num_images)
+        self._check_length(len(expanded))
+
     def _tokenize(self, prompt: str | None, token_ids: list[int] | None) -> list[int]:
         if token_ids is None:
             if not prompt:

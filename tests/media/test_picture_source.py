@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dist_vlm.media import PictureError, to_rgb
-from dist_vlm.media.picture_source import open_data_url
+from dist_vlm.media.picture_source import check_length, open_data_url, open_file
 
 
 def noise(size=(7, 5)):
@@ -25,6 +25,34 @@ def encoded(picture, kind="PNG"):
 def test_the_pixels_are_those_that_were_encoded_whatever_the_url_says_they_are(head):
     picture = open_data_url(head + encoded(noise()), name="it")
     np.testing.assert_array_equal(np.asarray(to_rgb(picture)), np.asarray(noise()))
+
+
+def test_a_url_may_come_as_the_bytes_of_its_text():
+    url = ("data:image/png;base64," + encoded(noise())).encode()
+    for source in (url, bytearray(url)):
+        np.testing.assert_array_equal(np.asarray(to_rgb(open_data_url(source, name="it"))), np.asarray(noise()))
+
+
+def test_a_file_is_opened_as_it_is():
+    data = base64.b64decode(encoded(noise()))
+    np.testing.assert_array_equal(np.asarray(to_rgb(open_file(data, name="it"))), np.asarray(noise()))
+    with pytest.raises(PictureError, match=f"it: {len(data)} bytes; at most {len(data) - 1} are allowed"):
+        open_file(data, name="it", max_bytes=len(data) - 1)
+    with pytest.raises(PictureError, match="it: 7x5 is 35 pixels; at most 34 are allowed"):
+        open_file(data, name="it", max_pixels=34)
+    with pytest.raises(PictureError, match="it: not a picture"):
+        open_file(b"", name="it")
+
+
+@pytest.mark.parametrize("size", [100, 101, 102])
+def test_no_source_that_is_short_enough_is_found_too_long(size):
+    longest_head = "data:image/vnd.ms-photo+x;base64,"
+    check_length(longest_head + base64.b64encode(bytes(size)).decode(), name="it", max_bytes=size)
+    check_length(bytes(size), name="it", max_bytes=size)
+    with pytest.raises(PictureError, match=f"it: about {size} bytes; at most {size - 1} are allowed"):
+        check_length(bytes(size), name="it", max_bytes=size - 1)
+    with pytest.raises(PictureError, match=rf"it: about \d+ bytes; at most {size} are allowed"):
+        check_length("data:image/png;base64," + base64.b64encode(bytes(size + 64)).decode(), name="it", max_bytes=size)
 
 
 def test_nothing_is_decoded_on_opening():
