@@ -1,0 +1,143 @@
+"""Runs the server from its configuration to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import ssl
+import sys
+from contextlib import closing
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from dist_vlm.async_llm import AsyncLLM
+from dist_vlm.config import EngineConfig
+from dist_vlm.config_server import ServerConfig
+from dist_vlm.server.app import make_app
+from dist_vlm.server.building import services_of
+from dist_vlm.server.services import Services
+
+_log = logging.getLogger(__name__)
+
+# A thread that computes in Python lets the event loop have its turn after this long.
+_SWITCH_S = 0.0005
+_KEEP_ALIVE_S = 75
+_BACKLOG = 2048
+
+
+def serve(engine: EngineConfig, server: ServerConfig) -> int:
+    """Serves until a SIGTERM or SIGINT, then finishes what is in work. Returns the exit status: 0, or 1 if the engine
+    ended by itself.
+
+    engine, server: resolved. Raises what `AsyncLLM` raises, and `OSError` where the port is taken.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    sys.setswitchinterval(_SWITCH_S)
+    # Taken before the minutes that a model may take to load.
+    with closing(_listen(server.host, server.port)) as listener:
+        signal.signal(signal.SIGTERM, _leave)
+        llm = AsyncLLM.from_config(engine.replace(engine_process=True), chat_template=server.chat_template)
+        try:
+            return asyncio.run(_serve(llm, server, listener))
+        finally:
+            llm.shutdown()
+
+
+async def _serve(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> int:
+    async with services_of(llm, config) as services:
+        http = _Http(_uvicorn_config(services))
+        end = asyncio.create_task(_end_of_work(services, http))
+        try:
+            await http.serve(sockets=[listener])
+        finally:
+            end.cancel()
+    return 1 if llm.errored else 0
+
+
+class _Http(uvicorn.Server):
+    """Leaves it to us what a signal means: requests in work go on, and newcomers are told."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.asked = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal asks for the end, the next one insists."""
+        if self.asked.is_set():
+            self.force_exit = self.should_exit = True
+        self._loop.call_soon_threadsafe(self.asked.set)
+
+
+async def _end_of_work(services: Services, http: _Http) -> None:
+    """Waits for a signal or the engine's death, and has the server end in good order."""
+    asked = asyncio.create_task(http.asked.wait())
+    died = asyncio.create_task(services.llm.wait_dead())
+    try:
+        await asyncio.wait((asked, died), return_when=asyncio.FIRST_COMPLETED)
+        if died.done():
+            _log.error("the engine has ended, and the server ends with it: %s", died.result())
+        else:
+            await _drain(services)
+    finally:
+        asked.cancel()
+        died.cancel()
+        http.should_exit = True
+
+
+async def _drain(services: Services) -> None:
+    limit = services.config.drain_timeout_s
+    _log.info("shutting down: %d requests in work have %g s to end", services.admission.num_taken, limit)
+    try:
+        async with asyncio.timeout(limit):
+            await services.admission.drain()
+    except TimeoutError:
+        _log.warning("%d requests had not ended after %g s and are cut off", services.admission.num_taken, limit)
+
+
+def _uvicorn_config(services: Services) -> uvicorn.Config:
+    config = services.config
+    tls: dict[str, Any] = {}
+    if config.ssl_keyfile is not None:
+        tls = {
+            "ssl_keyfile": config.ssl_keyfile,
+            "ssl_certfile": config.ssl_certfile,
+            "ssl_ca_certs": config.ssl_ca_certs,
+            "ssl_cert_reqs": ssl.VerifyMode(config.ssl_cert_reqs),
+        }
+    return uvicorn.Config(
+        make_app(services),
+        log_level=config.uvicorn_log_level,
+        access_log=False,  # ours has the request's id
+        root_path=config.root_path,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=1,
+        **tls,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises `OSError` naming the address."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise OSError(f"host = {host!r}, port = {port}: cannot be listened on ({error.strerror or error})") from None
+    return listener
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    """While the model loads there is nothing to finish."""
+    raise SystemExit(128 + signum)
