@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from dist_vlm.server import tokenization
-from dist_vlm.server.access_log import AccessLog
+from dist_vlm.server.access_log import ID_HEADER, AccessLog
 from dist_vlm.server.auth import OPEN_PATHS, Authentication
 from dist_vlm.server.chat import read_chat
 from dist_vlm.server.completions import read_completion
@@ -83,7 +83,8 @@ def _add_errors(app: FastAPI) -> None:
 
     async def of_defect(request: Request, error: Exception) -> Response:
         answer = ApiError(500, f"the server failed ({type(error).__name__}); its log has more", code="internal_error")
-        return JSONResponse(answer.body, answer.status)
+        # Made outside of the access log, which gives the others their id.
+        return JSONResponse(answer.body, answer.status, headers={ID_HEADER: request.state.request_id})
 
     app.add_exception_handler(ApiError, of_api)
     app.add_exception_handler(HTTPException, of_route)

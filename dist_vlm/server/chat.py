@@ -67,6 +67,9 @@ async def read_chat(body: dict[str, Any], arrival: Arrival) -> ChatExchange:
     services.check_model(fields.model)
     check_streaming(fields)
     params = chat_sampling(fields)
+    most = services.llm.config.scheduler.max_logprobs
+    if fields.top_logprobs is not None and fields.top_logprobs > most:
+        raise ValueError(f"top_logprobs = {fields.top_logprobs}: must be at most max_logprobs = {most}")
     arrival.seat.grow(params.best_of or 1)
     if fields.add_special_tokens:
         raise ValueError("add_special_tokens = True: must be false, the chat template writes them")

@@ -34,19 +34,12 @@ async def answers(
     except ValueError as error:
         raise api_error(error) from error
     except RuntimeError as error:
+        if services.llm.is_running:
+            raise
         raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=1) from error
     except (GeneratorExit, asyncio.CancelledError):
         services.metrics.aborted.inc()
         raise
-
-
-async def last(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
-    """The finished output."""
-    async with aclosing(outputs):
-        async for output in outputs:
-            if output.finished:
-                return output
-    raise RuntimeError("a request ended without an end")
 
 
 def _failure(services: Services, cause: str) -> ApiError:
@@ -56,4 +49,6 @@ def _failure(services: Services, cause: str) -> ApiError:
 
 
 def _gone(error: ExecutorError) -> ApiError:
-    return ApiError(503, f"the engine has ended: {error}", code="engine_dead", retry_after_s=10)
+    """Without its cause, which may be a library's: the log has that."""
+    where = "" if error.rank is None else f", rank {error.rank}"
+    return ApiError(503, f"the engine has ended (stage {error.stage}{where})", code="engine_dead", retry_after_s=10)

@@ -14,6 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 Result = TypeVar("Result")
 
+# A client that reads nothing for so long, and so takes no more events, counts as gone.
+_STALLED_S = 60.0
+
 DONE = b"data: [DONE]\n\n"
 
 
@@ -53,7 +56,11 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for one in self._events:
-            await send({"type": "http.response.body", "body": one, "more_body": True})
+            try:
+                async with asyncio.timeout(_STALLED_S):
+                    await send({"type": "http.response.body", "body": one, "more_body": True})
+            except TimeoutError:
+                raise ClientGoneError from None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

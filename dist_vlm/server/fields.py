@@ -219,7 +219,7 @@ def _explained(error: ValidationError) -> ApiError:
 
 
 def _path(location: tuple[int | str, ...]) -> list[Any]:
-    """Where in the body; pydantic adds the name of a union's member, and a word where a key is wrong."""
+    """Where in the body; pydantic adds the name of a union's member."""
     name, *rest = location
     return [name, *(rest[1:] if name in _UNIONS else rest)]
 

@@ -46,10 +46,11 @@ async def generate(request: Request, services: Services, reader: Reader) -> Resp
         arrival = Arrival(services=services, seat=seat, held=held, request_id=request_id, time=time.time())
         exchange = await _read(request, arrival, reader)
         outputs = exchange.outputs()
+        held.push_async_callback(outputs.aclose)
         if not exchange.streams:
             return JSONResponse(await unless_gone(request, exchange.answer(outputs)))
         # Awaited before the response begins, so that a request which the engine refuses gets its own status.
-        first = await unless_gone(request, _next(outputs))
+        first = await unless_gone(request, anext(outputs))
         return EventStream(_events(exchange, first, outputs), held.pop_all())
 
 
@@ -77,14 +78,6 @@ async def _read(request: Request, arrival: Arrival, reader: Reader) -> Exchange:
     async with body_of(request, arrival.services) as body:
         exchange: Exchange = await unless_gone(request, checked(reader(body, arrival)))
         return exchange
-
-
-async def _next(outputs: AsyncGenerator[tuple[int, RequestOutput], None]) -> tuple[int, RequestOutput]:
-    try:
-        return await anext(outputs)
-    except BaseException:
-        await outputs.aclose()
-        raise
 
 
 async def _events(

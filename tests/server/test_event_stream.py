@@ -147,6 +147,18 @@ def test_a_client_that_leaves_while_it_takes_nothing_ends_its_source(num_taken: 
     run(main())
 
 
+def test_a_client_that_neither_takes_nor_leaves_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_vlm.server.event_stream._STALLED_S", 0.05)
+
+    async def main() -> None:
+        source, client = Source(9), StuckClient(2)
+        await serve(source, client)
+        assert len(client.sent) == 2
+        assert source.log == ENDED
+
+    run(main())
+
+
 def test_a_client_that_leaves_before_the_first_byte_still_ends_its_source() -> None:
     """The source has not begun, so nothing of it runs; it must not begin later."""
 
