@@ -73,9 +73,7 @@ class AsyncLLM:
         self._finalizer = weakref.finalize(self, _end, self._client, self._streams, self._preparers)
         try:
             # The tokenizer and the image processor load while the ranks start.
-            loading = self._preparers.submit(
-                _load_front, config, self._client.serves_logits_processors, chat_template
-            )
+            loading = self._preparers.submit(_load_front, config, self._client.serves_logits_processors, chat_template)
             self.executor_info: ExecutorInfo = self._client.start(self._streams.take)
             self._front: Front = loading.result()
         except BaseException:

@@ -103,6 +103,15 @@ class Processor:
         expanded, _ = self._expand(token_ids, num_images)
         self._check_length(len(expanded))
 
+    def text_tokens(self, prompt: str | None, token_ids: list[int] | None, *, keep: int | None) -> list[int]:
+        """All tokens of a prompt without pictures, once it is checked as `process` does. keep: how many of the last
+        are to be kept (`truncate_prompt_tokens`). Raises `ValueError`."""
+        token_ids = self._tokenize(prompt, token_ids)
+        expanded, starts = self._expand(token_ids, 0)
+        kept, _ = _truncate(expanded, starts, keep)
+        self._check_length(len(kept))
+        return token_ids
+
     def _tokenize(self, prompt: str | None, token_ids: list[int] | None) -> list[int]:
         if token_ids is None:
             if not prompt:

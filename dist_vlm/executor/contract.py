@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from dist_vlm.executor import made_up_logprobs
 from dist_vlm.workers.plan import (
     ImageFailure,
     ImageSpan,
     NewSequence,
+    PromptLogprobs,
     SampledTokens,
+    SamplingRow,
     Slice,
     SlotFailure,
     StepCounters,
@@ -53,11 +56,18 @@ class _Slot:
 
     images: tuple[ImageSpan, ...]
     tokens: list[int]
+    num_prompt: int
+    sampling: SamplingRow
     prints: list[int] = field(default_factory=list)
     computed: int = 0
     table: list[int] = field(default_factory=list)
     last_step: int = -1
     failed_step: int | None = None
+
+    def prompt_logprobs(self, piece: Slice, num_alternatives: int) -> PromptLogprobs:
+        return made_up_logprobs.of_prompt(
+            piece, self.tokens, num_prompt=self.num_prompt, num_alternatives=num_alternatives
+        )
 
 
 class Ledger:
@@ -94,11 +104,12 @@ class Ledger:
         for sequence in plan.new:
             self._take(sequence)
         image_failures = self._encode(plan.encode)
-        sampled, slot_failures = self._run(plan)
+        sampled, prompt_logprobs, slot_failures = self._run(plan)
         return StepResult(
             step_id=plan.step_id,
             rank=0,
             sampled=tuple(sampled),
+            prompt_logprobs=tuple(prompt_logprobs),
             image_failures=tuple(image_failures),
             slot_failures=tuple(slot_failures),
             counters=StepCounters(num_encoded_images=len(plan.encode) - len(image_failures)),
@@ -148,7 +159,7 @@ class Ledger:
             inside = end <= span.start and span.count > 0 and span.end <= length
             self._require(inside, f"{where}: {span} overlaps the one before or leaves [0, {length})")
             end = span.end
-        self.slots[slot] = _Slot(images=sequence.images, tokens=list(sequence.token_ids))
+        self.slots[slot] = _Slot(sequence.images, list(sequence.token_ids), prompt, sequence.sampling)
 
     def _encode(self, keys: tuple[str, ...]) -> list[ImageFailure]:
         self._require(len(set(keys)) == len(keys), "an image is encoded twice")
@@ -165,11 +176,12 @@ class Ledger:
                 failures.append(ImageFailure(image=key, reason=reason))
         return failures
 
-    def _run(self, plan: StepPlan) -> tuple[list[SampledTokens], list[SlotFailure]]:
+    def _run(self, plan: StepPlan) -> tuple[list[SampledTokens], list[PromptLogprobs], list[SlotFailure]]:
         limit = self.limits.max_num_batched_tokens
         in_budget = limit is None or plan.num_tokens <= limit
         self._require(in_budget, f"{plan.num_tokens} tokens are above max_num_batched_tokens = {limit}")
         sampled: list[SampledTokens] = []
+        prompts: list[PromptLogprobs] = []
         failures: list[SlotFailure] = []
         seen: set[int] = set()
         for piece in plan.slices:
@@ -183,11 +195,17 @@ class Ledger:
                 state.failed_step = plan.step_id
                 failures.append(SlotFailure(slot=piece.slot, reason=reason))
                 continue
+            if state.sampling.prompt_logprobs is not None:
+                prompts.append(state.prompt_logprobs(piece, state.sampling.prompt_logprobs))
             if piece.sample:
-                token = self.script.next_token(tuple(state.tokens), len(state.tokens))
-                state.tokens.append(token)
-                sampled.append(SampledTokens(slot=piece.slot, token_ids=(token,)))
-        return sampled, failures
+                sampled.append(self._sample(piece.slot, state))
+        return sampled, prompts, failures
+
+    def _sample(self, slot: int, state: _Slot) -> SampledTokens:
+        token = self.script.next_token(tuple(state.tokens), len(state.tokens))
+        state.tokens.append(token)
+        asked = state.sampling.logprobs
+        return SampledTokens(slot, (token,), () if asked is None else (made_up_logprobs.of_token(token, asked),))
 
     def _extend(self, piece: Slice) -> _Slot:
         """Checks a slice against its slot and appends its blocks."""

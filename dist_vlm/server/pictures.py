@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from dist_vlm.engine.chat_content import Picture
 from dist_vlm.engine.images import PreparedImage
-from dist_vlm.engine.picture_pool import PicturePool
+from dist_vlm.engine.picture_pool import PicturePool, PooledImage
 from dist_vlm.media import PictureError
 from dist_vlm.media.fetch import PictureFetcher
 from dist_vlm.server.byte_budget import ByteBudget
+from dist_vlm.server.errors import ApiError
 from dist_vlm.server.metrics import Metrics
 
 
@@ -61,7 +62,6 @@ class PictureIntake:
 
     async def _prepare_one(self, picture: Picture) -> PreparedImage:
         assert isinstance(picture.source, str), "JSON holds no other pictures"
-        assert self._pool is not None, "prepare() has refused pictures without"
         size = self._max_file_bytes if picture.is_remote else len(picture.source)
         async with self._files.share(min(size, self._files.capacity)) as share:
             source: str | bytes = picture.source
@@ -69,12 +69,20 @@ class PictureIntake:
                 source = await self._fetch(picture)
                 share.shrink(len(source))
             self._metrics.images.labels("decode").inc()
-            pooled = await self._pool.prepare(source, name=picture.name)
+            pooled = await self._decoded(source, picture.name)
         self._metrics.image_seconds.labels("decode").observe(pooled.decode_s)
         self._metrics.image_seconds.labels("preprocess").observe(pooled.preprocess_s)
         self._metrics.image_bytes.labels("decode").inc(len(source))
         self._metrics.image_bytes.labels("preprocess").inc(pooled.image.array.nbytes)
         return pooled.image
+
+    async def _decoded(self, source: str | bytes, name: str) -> PooledImage:
+        assert self._pool is not None, "prepare() has refused pictures without"
+        try:
+            return await self._pool.prepare(source, name=name)
+        except RuntimeError as error:
+            text = f"{name}: no picture can be decoded now: try again later"
+            raise ApiError(503, text, code="pictures_unavailable", retry_after_s=10) from error
 
     async def _fetch(self, picture: Picture) -> bytes:
         if self._fetcher is None:

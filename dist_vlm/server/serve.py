@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import importlib.util
 import logging
 import signal
 import socket
 import ssl
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from types import FrameType
 from typing import Any
@@ -42,7 +45,8 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         signal.signal(signal.SIGTERM, _leave)
         llm = AsyncLLM.from_config(engine.replace(engine_process=True), chat_template=server.chat_template)
         try:
-            return asyncio.run(_serve(llm, server, listener))
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                return runner.run(_serve(llm, server, listener))
         finally:
             llm.shutdown()
 
@@ -50,6 +54,9 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
 async def _serve(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> int:
     async with services_of(llm, config) as services:
         http = _Http(_uvicorn_config(services))
+        # What has been loaded stays: a collection that walked it would hold the event loop for a good part of a second.
+        gc.collect()
+        gc.freeze()
         end = asyncio.create_task(_end_of_work(services, http))
         try:
             await http.serve(sockets=[listener])
@@ -120,6 +127,15 @@ def _uvicorn_config(services: Services) -> uvicorn.Config:
         timeout_graceful_shutdown=1,
         **tls,
     )
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's where it is installed, which takes less of the processor for each token that is sent."""
+    if importlib.util.find_spec("uvloop") is None:
+        _log.info("uvloop is not installed: the event loop is asyncio's own")
+        return asyncio.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = importlib.import_module("uvloop").new_event_loop
+    return factory
 
 
 def _listen(host: str, port: int) -> socket.socket:

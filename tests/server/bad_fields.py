@@ -134,7 +134,7 @@ _TOGETHER = (
     chat("best_of below n", "at least n = 3", n=3, best_of=2, param="best_of"),
     chat("best_of in a stream", "only at the end", stream=True, n=1, best_of=2, param="best_of"),
     chat("several greedy answers", "must be 1 when sampling greedily", n=2, temperature=0, param="best_of"),
-    chat("top_logprobs above all", "at most max_logprobs = 20", logprobs=True, top_logprobs=21, param="logprobs"),
+    chat("top_logprobs above all", "at most max_logprobs = 20", logprobs=True, top_logprobs=21, param="top_logprobs"),
     chat("top_logprobs below 0", "at least 0", logprobs=True, top_logprobs=-1, param="top_logprobs"),
     chat("a bias for a word, of a wrong type", "must be a number", logit_bias={"x": "y"}, param="logit_bias.x"),
     chat("a bias named by a surrogate", "must be a token id", logit_bias={"\ud800": 1}, param="logit_bias"),

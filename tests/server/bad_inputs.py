@@ -20,7 +20,7 @@ class BadInput:
 
     words: parts of the message. body: JSON data, bytes, or what makes the parts of a body. In JSON, {site} and {other}
     stand for the addresses of the picture host, {port} for its port and {fresh} for a number that is used once.
-    is_guarded: whether it goes to the server that fetches from the site alone.
+    is_guarded: whether it goes to the server that fetches from the site alone, and waits for it.
     """
 
     name: str
@@ -69,7 +69,7 @@ def _one_of_json(text: str) -> bytes:
 
 def _slowly() -> Iterator[bytes]:
     yield b'{"messages": '
-    time.sleep(0.8)
+    time.sleep(1.4)
     yield b"[]}"
 
 
@@ -127,7 +127,7 @@ _NOT_HTTP_AS_SERVED = (
          code="body_too_large", headers={"Content-Length": str(100 * MIB)}),
     _raw("100 MB in chunks", lambda: _megabytes(100), "the body is longer than 4194304 bytes", status=413,
          code="body_too_large"),
-    _raw("a body that comes slowly", _slowly, "not sent within 0.6 s", status=408, code="body_timeout",
+    _raw("a body that comes slowly", _slowly, "not sent within 1 s", status=408, code="body_timeout",
          is_guarded=True),
     _raw("a byte too much", b" " * (4 * MIB + 1), "the body is longer than 4194304 bytes", status=413),
 )  # fmt: skip

