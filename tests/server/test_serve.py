@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import OpenAI
 
 ROOT = Path(__file__).resolve().parents[2]
 HEALTH_TIMEOUT_S = 2.0
@@ -26,15 +28,23 @@ NUM_RUNNING, NUM_STREAMS = 3, 5
 ENDLESS = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 60, "temperature": 0, "ignore_eos": True}
 
 
+SERVE = ["dist_vlm.launch.cli", "serve", "--config", str(ROOT / "configs" / "demo.yaml")]
+# The seed's own command, with the numbers of the shipped checkpoint.
+SEED = [
+    "dist_vlm.entrypoints.openai.api_server", "--model", str(ROOT / "examples" / "demo" / "checkpoint"),
+    "--image-input-type", "pixel_values", "--image-token-id", "493", "--image-input-shape", "1,3,72,72",
+    "--image-feature-size", "81", "--chat-template", str(ROOT / "examples" / "template_llava.jinja"),
+]  # fmt: skip
+
+
 @contextmanager
-def server(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`dist-vlm serve`, ready; its process and address. Ended in any case."""
+def server(program: list[str], *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server's command, ready; its process and address. Ended in any case."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = str(ROOT / "configs" / "demo.yaml")
-    command = [sys.executable, "-m", "dist_vlm.launch.cli", "serve", "--config", config, "--port", str(port)]
-    process = subprocess.Popen([*command, *arguments], cwd="/", env=os.environ | {"PYTHONPATH": str(ROOT)})
+    command = [sys.executable, "-m", *program, "--port", str(port), *arguments]
+    process = subprocess.Popen(command, cwd="/", env=os.environ | {"PYTHONPATH": str(ROOT)})
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + 90
@@ -82,6 +92,26 @@ def name_of(pid: int) -> bytes:
         return b""
 
 
+def the_seeds_client(url: str, **more: Any) -> str | None:
+    """The client of the seed's page, its model and its picture apart."""
+    picture = base64.b64encode((ROOT / "examples" / "demo" / "pictures" / "digit.png").read_bytes()).decode()
+    client = OpenAI(api_key="EMPTY", base_url=f"{url}/v1")
+    chat_response = client.chat.completions.create(
+        model=str(ROOT / "examples" / "demo" / "checkpoint"),
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "What digit is this?"},
+                    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+                ],
+            }
+        ],
+        **more,
+    )
+    return chat_response.choices[0].message.content
+
+
 async def a_stream(client: httpx.AsyncClient, url: str, begun: asyncio.Event) -> tuple[int, str, bool]:
     """Its status, its text, and whether it came to its end."""
     async with client.stream("POST", f"{url}/v1/chat/completions", json={**ENDLESS, "stream": True}) as answer:
@@ -111,7 +141,10 @@ async def terminate_under_load(process: subprocess.Popen[bytes], url: str) -> tu
 
 @pytest.mark.timeout(180)
 def test_a_stopped_rank_turns_the_health_and_a_term_cuts_nobody_off() -> None:
-    with server("--health-timeout-s", str(HEALTH_TIMEOUT_S), "--max-num-seqs", str(NUM_RUNNING)) as (process, url):
+    with server(SERVE, "--health-timeout-s", str(HEALTH_TIMEOUT_S), "--max-num-seqs", str(NUM_RUNNING)) as (
+        process,
+        url,
+    ):
         ranks = [pid for pid in descendants(process.pid) if b"ray::Worker" in name_of(pid)]
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGSTOP)
@@ -132,8 +165,10 @@ def test_a_stopped_rank_turns_the_health_and_a_term_cuts_nobody_off() -> None:
 
 @pytest.mark.timeout(180)
 def test_an_engine_that_is_stopped_or_killed_is_noticed_and_ends_the_server() -> None:
-    arguments = ["--executor", "inline", "--tensor-parallel-size", "1", "--health-timeout-s", str(HEALTH_TIMEOUT_S)]
-    with server(*arguments) as (process, url):
+    arguments = ["--executor", "inline", "--dtype", "float32", "--health-timeout-s", str(HEALTH_TIMEOUT_S)]
+    with server(SEED, *arguments) as (process, url):
+        assert the_seeds_client(url)
+        assert (the_seeds_client(url, temperature=0) or "").strip() == "8"
         (engine,) = (pid for pid in descendants(process.pid) if b"core_process" in name_of(pid))
         os.kill(engine, signal.SIGSTOP)
         try:
@@ -151,8 +186,7 @@ def test_a_port_that_is_taken_is_told_in_one_line() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        config = str(ROOT / "configs" / "demo.yaml")
-        command = [sys.executable, "-m", "dist_vlm.launch.cli", "serve", "--config", config, "--port", port]
+        command = [sys.executable, "-m", *SERVE, "--port", port]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 1
