@@ -11,7 +11,7 @@ from dist_vlm.config_load import LoadedConfig
 from dist_vlm.config_server import ServerConfig
 from dist_vlm.engine.template_source import given_template
 
-PACKAGES = ("fastapi", "uvicorn", "aiohttp", "prometheus_client")
+PACKAGES = ("fastapi", "uvicorn", "httptools", "uvloop", "aiohttp", "prometheus_client")
 _FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
 
 

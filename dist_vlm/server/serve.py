@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
 import logging
 import signal
 import socket
-import ssl
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from types import FrameType
-from typing import Any
 
 import uvicorn
+import uvloop
 
 from dist_vlm.async_llm import AsyncLLM
 from dist_vlm.config import EngineConfig
 from dist_vlm.config_server import ServerConfig
-from dist_vlm.server.app import make_app
 from dist_vlm.server.building import services_of
+from dist_vlm.server.http import http_config
 from dist_vlm.server.services import Services
 
 _log = logging.getLogger(__name__)
 
 # A thread that computes in Python lets the event loop have its turn after this long.
 _SWITCH_S = 0.0005
-_KEEP_ALIVE_S = 75
-_BACKLOG = 2048
 
 
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
@@ -45,7 +40,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         signal.signal(signal.SIGTERM, _leave)
         llm = AsyncLLM.from_config(engine.replace(engine_process=True), chat_template=server.chat_template)
         try:
-            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 return runner.run(_serve(llm, server, listener))
         finally:
             llm.shutdown()
@@ -53,7 +48,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
 
 async def _serve(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> int:
     async with services_of(llm, config) as services:
-        http = _Http(_uvicorn_config(services))
+        http = _Http(http_config(services))
         # What has been loaded stays: a collection that walked it would hold the event loop for a good part of a second.
         gc.collect()
         gc.freeze()
@@ -104,38 +99,6 @@ async def _drain(services: Services) -> None:
             await services.admission.drain()
     except TimeoutError:
         _log.warning("%d requests had not ended after %g s and are cut off", services.admission.num_taken, limit)
-
-
-def _uvicorn_config(services: Services) -> uvicorn.Config:
-    config = services.config
-    tls: dict[str, Any] = {}
-    if config.ssl_keyfile is not None:
-        tls = {
-            "ssl_keyfile": config.ssl_keyfile,
-            "ssl_certfile": config.ssl_certfile,
-            "ssl_ca_certs": config.ssl_ca_certs,
-            "ssl_cert_reqs": ssl.VerifyMode(config.ssl_cert_reqs),
-        }
-    return uvicorn.Config(
-        make_app(services),
-        log_level=config.uvicorn_log_level,
-        access_log=False,  # ours has the request's id
-        root_path=config.root_path,
-        lifespan="off",
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=1,
-        **tls,
-    )
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop's where it is installed, which takes less of the processor for each token that is sent."""
-    if importlib.util.find_spec("uvloop") is None:
-        _log.info("uvloop is not installed: the event loop is asyncio's own")
-        return asyncio.new_event_loop
-    factory: Callable[[], asyncio.AbstractEventLoop] = importlib.import_module("uvloop").new_event_loop
-    return factory
 
 
 def _listen(host: str, port: int) -> socket.socket:

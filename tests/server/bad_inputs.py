@@ -114,7 +114,7 @@ _NOT_HTTP_AS_SERVED = (
     BadInput(name="GET of a chat", words=("GET is not served",), status=405, method="GET"),
     BadInput(name="DELETE of a chat", words=("DELETE is not served",), status=405, method="DELETE"),
     BadInput(name="PUT of tokens", words=("PUT is not served",), status=405, method="PUT", path=TOKENIZE),
-    BadInput(name="a method of its own", words=("is not served",), status=405, method="BREW"),
+    BadInput(name="PATCH of a chat", words=("PATCH is not served",), status=405, method="PATCH"),
     BadInput(name="POST of the health", words=("POST is not served",), status=405, path="/health"),
     BadInput(name="embeddings", words=("nothing at this path",), status=404, path="/v1/embeddings", body={}),
     BadInput(name="a path with a slash more", words=("nothing at this path",), status=404, path=CHAT + "/", body={}),

@@ -30,7 +30,7 @@ def server_engine(tiny_facts: Path) -> EngineConfig:
 def server_config(server_engine: EngineConfig) -> ServerConfig:
     config = ServerConfig(
         served_model_name="tiny", allowed_media_networks=("127.0.0.0/8",), image_fetch_timeout_s=0.5, max_body_mib=4,
-        max_image_mib=2, media_workers=1,
+        max_image_mib=2, media_workers=1, uvicorn_log_level="warning",
     )  # fmt: skip
     return resolved_server(config, server_engine, {})
 

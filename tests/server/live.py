@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+import uvloop
 
 from dist_vlm.async_llm import AsyncLLM
 from dist_vlm.config_server import ServerConfig
-from dist_vlm.server.app import make_app
 from dist_vlm.server.building import services_of
+from dist_vlm.server.http import http_config
 from dist_vlm.server.services import Services
 
 
@@ -48,9 +49,7 @@ def serving(llm: AsyncLLM, config: ServerConfig) -> Iterator[Live]:
             with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
                 listener.bind(("127.0.0.1", 0))
                 url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-                http = uvicorn.Server(
-                    uvicorn.Config(make_app(services), log_level="warning", access_log=False, lifespan="off")
-                )
+                http = uvicorn.Server(http_config(services))
                 http.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
                 serving = asyncio.create_task(http._serve([listener]))
                 started.append(Live(url, services, asyncio.get_running_loop()))
@@ -63,7 +62,8 @@ def serving(llm: AsyncLLM, config: ServerConfig) -> Iterator[Live]:
 
     def target() -> None:
         try:
-            asyncio.run(run())
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(run())
         except BaseException as error:
             failure.append(error)
             ready.set()

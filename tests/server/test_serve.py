@@ -165,7 +165,16 @@ def test_a_stopped_rank_turns_the_health_and_a_term_cuts_nobody_off() -> None:
 
 @pytest.mark.timeout(180)
 def test_an_engine_that_is_stopped_or_killed_is_noticed_and_ends_the_server() -> None:
-    arguments = ["--executor", "inline", "--dtype", "float32", "--health-timeout-s", str(HEALTH_TIMEOUT_S)]
+    arguments = [
+        "--executor",
+        "inline",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--health-timeout-s",
+        str(HEALTH_TIMEOUT_S),
+    ]
     with server(SEED, *arguments) as (process, url):
         assert the_seeds_client(url)
         assert (the_seeds_client(url, temperature=0) or "").strip() == "8"
