@@ -88,6 +88,16 @@ def _loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_vlm.async_llm.load_front", load)
 
 
+def engine_threads() -> set[threading.Thread]:
+    return {one for one in threading.enumerate() if one.name == "engine-core"}
+
+
+@pytest.fixture
+def others() -> set[threading.Thread]:
+    """Those of engines that other tests of this process keep."""
+    return engine_threads()
+
+
 @pytest.fixture
 def config(tiny_facts: Path) -> EngineConfig:
     return EngineConfig.from_fields(
@@ -820,7 +830,9 @@ def test_drain_waits_for_what_runs_and_admits_nothing(make: Make) -> None:
 
 
 @pytest.mark.parametrize("engine_process", [False, True])
-def test_shutdown_ends_what_runs_and_says_so_afterwards(make: Make, engine_process: bool) -> None:
+def test_shutdown_ends_what_runs_and_says_so_afterwards(
+    make: Make, engine_process: bool, others: set[threading.Thread]
+) -> None:
     llm = make(engine_process=engine_process) if engine_process else make(step_delay_s=0.01)
 
     async def run() -> RequestOutput:
@@ -842,13 +854,13 @@ def test_shutdown_ends_what_runs_and_says_so_afterwards(make: Make, engine_proce
         with pytest.raises(ProcessLookupError):
             os.kill(llm._client.pid, 0)  # type: ignore[attr-defined]
     else:
-        assert not [one for one in threading.enumerate() if one.name == "engine-core"]
+        assert not engine_threads() - others
 
 
-def test_one_that_is_dropped_ends_its_engine(config: EngineConfig) -> None:
+def test_one_that_is_dropped_ends_its_engine(config: EngineConfig, others: set[threading.Thread]) -> None:
     llm = AsyncLLM.from_config(config, executor=FakeExecutor(num_blocks=64))
     assert tokens_of(asyncio.run(whole(llm.generate("hello", GREEDY))))
-    (thread,) = [one for one in threading.enumerate() if one.name == "engine-core"]
+    (thread,) = engine_threads() - others
     del llm
     gc.collect()
     thread.join(5)
@@ -868,7 +880,9 @@ def test_what_an_async_llm_cannot_be_is_refused(tiny_facts: Path, config: Engine
         AsyncLLM.from_config(config.replace(engine_process=True), executor=FakeExecutor())
 
 
-def test_a_front_that_cannot_load_leaves_no_engine(config: EngineConfig, tmp_path: Path) -> None:
+def test_a_front_that_cannot_load_leaves_no_engine(
+    config: EngineConfig, tmp_path: Path, others: set[threading.Thread]
+) -> None:
     with pytest.raises(ValueError, match="cannot be loaded"):
         AsyncLLM.from_config(config.replace(tokenizer=str(tmp_path)), executor=FakeExecutor(num_blocks=64))
-    assert not [one for one in threading.enumerate() if one.name == "engine-core"]
+    assert not engine_threads() - others

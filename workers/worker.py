@@ -130,6 +130,8 @@ class Worker:
 
     def unstage(self, key: str) -> None:
         with self._stage_named("unstage"):
+            if self._runner is None:
+                return  # closed: nothing is staged any more
             self._enter_thread(computes=False)
             self._runner.unstage(key)
 

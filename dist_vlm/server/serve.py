@@ -53,6 +53,9 @@ async def _serve(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -
         gc.collect()
         gc.freeze()
         end = asyncio.create_task(_end_of_work(services, http))
+        host, port = listener.getsockname()[:2]
+        scheme = "http" if config.ssl_keyfile is None else "https"
+        _log.info("%s is served at %s://%s:%d", services.model, scheme, f"[{host}]" if ":" in host else host, port)
         try:
             await http.serve(sockets=[listener])
         finally:

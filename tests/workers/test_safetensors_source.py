@@ -176,6 +176,9 @@ def test_a_gpu_parameter_is_filled(directory, tensors, index, dtype) -> None:
     assert torch.equal(target.cpu(), expected.to(dtype))
 
 
+# What is read at once, and what a first use of torch in the process takes beside it.
+BUFFER_BYTES = 4 << 20
+
 PEAK = """
 import sys
 from pathlib import Path
@@ -203,4 +206,4 @@ def test_the_peak_while_loading_is_the_parameters_and_a_buffer(tmp_path, dtype, 
     peak, held, read = (int(word) for word in output.split())
     assert held == factor * 64 * 2**20
     assert read == 64 * 2**20 + 4 * 512 * 4
-    assert 0.99 * held <= peak <= 1.1 * held
+    assert 0.99 * held <= peak <= held + BUFFER_BYTES
