@@ -23,6 +23,8 @@ from dist_vlm.outputs import CompletionOutput, RequestOutput
 
 _log = logging.getLogger(__name__)
 
+_WOKEN_AT_ONCE = 2
+
 
 class Stream:
     """One request as its client waits for it. `next` is the client's, the rest may be called from any thread.
@@ -214,7 +216,7 @@ class StreamTable:
                 by_loop.setdefault(stream.loop, []).append(stream)
         for loop, woken in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_wake, woken)
+                loop.call_soon_threadsafe(_wake, loop, woken)
             except RuntimeError:  # the loop is closed, and its clients are gone with it
                 for stream in woken:
                     self._drop(stream)
@@ -239,9 +241,13 @@ class StreamTable:
                 waiter.set_result(None)
 
 
-def _wake(streams: list[Stream]) -> None:
-    for stream in streams:
+def _wake(loop: asyncio.AbstractEventLoop, streams: list[Stream]) -> None:
+    """A few at a time: a step has news for many clients at once, and between them the loop looks at what else there
+    is to do."""
+    for stream in streams[:_WOKEN_AT_ONCE]:
         stream.event.set()
+    if len(streams) > _WOKEN_AT_ONCE:
+        loop.call_soon(_wake, loop, streams[_WOKEN_AT_ONCE:])
 
 
 def _copy(output: RequestOutput, request_id: str) -> RequestOutput:

@@ -10,6 +10,7 @@ from dist_vlm.config import ConfigError, EngineConfig
 from dist_vlm.config_load import LoadedConfig
 from dist_vlm.config_server import ServerConfig
 from dist_vlm.engine.template_source import given_template
+from dist_vlm.machine import usable_cores
 
 PACKAGES = ("fastapi", "uvicorn", "httptools", "uvloop", "aiohttp", "prometheus_client")
 _FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
@@ -21,7 +22,7 @@ def start_server(loaded: LoadedConfig) -> int:
     Raises `ConfigError` naming the file, flag or variable of what cannot be served, and `RuntimeError` where the
     server's packages are missing, both before anything is started.
     """
-    engine, server = loaded.resolve(), loaded.resolve_server(os.environ)
+    engine, server = _beside_a_server(loaded), loaded.resolve_server(os.environ)
     try:
         _check_servable(engine, server)
     except ConfigError as error:
@@ -32,6 +33,15 @@ def start_server(loaded: LoadedConfig) -> int:
         raise RuntimeError(f"the server's packages are missing ({names}): pip install 'dist-vlm[server]'")
     serve = importlib.import_module("dist_vlm.server.serve").serve
     return int(serve(engine, server))
+
+
+def _beside_a_server(loaded: LoadedConfig) -> EngineConfig:
+    """The engine's configuration, resolved. On a CPU the ranks leave a core to the server, unless the threads are
+    given: with a thread on every core each step waits for the one that the server has just taken."""
+    engine = loaded.resolve()
+    if engine.parallel.device != "cpu" or "threads_per_rank" in loaded.sources:
+        return engine
+    return engine.replace(threads_per_rank=max(1, (usable_cores() - 1) // engine.parallel.tensor_parallel_size))
 
 
 def _check_servable(engine: EngineConfig, server: ServerConfig) -> None:

@@ -12,6 +12,7 @@ from dist_vlm.config import ConfigError, EngineConfig
 from dist_vlm.config_load import load_config
 from dist_vlm.config_server import ServerConfig
 from dist_vlm.entrypoints import start
+from dist_vlm.machine import usable_cores
 
 
 @pytest.fixture
@@ -32,11 +33,22 @@ def test_the_server_gets_everything_decided(
     loaded = load_config(None, {"model": tiny_facts.name, "device": "cpu", "port": "0", "media_workers": "2"})
     assert start.start_server(loaded) == 7
     ((engine, server),) = served
-    assert engine == loaded.resolve()
+    assert engine == loaded.resolve().replace(threads_per_rank=max(1, usable_cores() - 1))
     assert engine.model.model == str(tiny_facts)
     assert server == ServerConfig(
         port=0, api_key="k", image_fetch_timeout_s=5.0, served_model_name=tiny_facts.name, media_workers=2
     )
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (9, 2, 4), (8, 1, 7)])
+def test_ranks_on_a_cpu_leave_a_core_to_the_server_unless_their_threads_are_given(
+    served: list[Any], tiny_facts: Path, monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, threads: int
+) -> None:
+    monkeypatch.setattr(start, "usable_cores", lambda: cores)
+    flags = {"model": str(tiny_facts), "device": "cpu", "tensor_parallel_size": str(ranks)}
+    start.start_server(load_config(None, flags))
+    start.start_server(load_config(None, flags | {"threads_per_rank": "3"}))
+    assert [engine.parallel.threads_per_rank for engine, _ in served] == [threads, 3]
 
 
 @pytest.mark.parametrize("kind", ["ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "chat_template"])
