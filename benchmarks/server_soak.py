@@ -1,0 +1,206 @@
+"""How the memory of each of a server's processes grows with the requests that it has answered. Prints JSON.
+
+Every request is about another small picture. The slope is that of a line through the resident memory over the number
+of requests answered (least squares), without the first ones, in which caches and heaps fill.
+
+    python benchmarks/server_soak.py
+    python benchmarks/server_soak.py --executor ray --ranks 2 --out result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from server_process import ServerProcess, add_server_flags, machine, memory_of, server_flags
+from server_requests import Client, Question, make_question, percentiles_ms
+
+SIZE = (96, 96)
+NOISE = 4.0
+MAX_TOKENS = (2, 3, 4)
+KINDS = ("rss", "pss", "uss")
+TARGET_BYTES = 1024
+# The clients' process gives way to the server's.
+NICENESS = 10
+
+# What the server holds, by its own account.
+HELD = re.compile(
+    r"^dist_vlm:(num_requests_in_server|held_bytes|kv_blocks_cached|feature_rows|staged_images|staged_bytes)"
+    r"(?:\{what=\"(\w+)\"\}|\{.*\})? (\S+)$",
+    flags=re.MULTILINE,
+)
+
+Sample = tuple[int, dict[str, int]]
+"""The number of requests answered, and the memory that a process then had."""
+
+
+class Soak:
+    """Clients that share one line of questions, and a look at the memory after each `every` answers."""
+
+    def __init__(self, server: ServerProcess, arguments: argparse.Namespace) -> None:
+        self._server = server
+        self._arguments = arguments
+        self._questions = self._made()
+        self.samples: dict[str, list[Sample]] = {}
+        self.held: list[dict[str, int]] = []
+        self.problems: list[str] = []
+        self.total_s: list[float] = []
+        # Before `skip` requests are answered the clients ask all at once, so that the largest steps have been by then.
+        self._wave = asyncio.Barrier(arguments.clients)
+
+    async def run(self) -> None:
+        arguments = self._arguments
+        self._look()
+        async with asyncio.timeout(arguments.limit_s):
+            await asyncio.gather(*(self._client() for _ in range(arguments.clients)))
+
+    def _made(self) -> Iterator[Question]:
+        for index in range(self._arguments.requests):
+            name = f"{self._arguments.seed}/{index}"
+            max_tokens = MAX_TOKENS[index % len(MAX_TOKENS)]
+            yield make_question(name, size=SIZE, kind="png", noise=NOISE, max_tokens=max_tokens)
+
+    async def _client(self) -> None:
+        client = Client(self._server.port, timeout_s=self._arguments.timeout_s)
+        try:
+            for question in self._questions:
+                if len(self.total_s) < self._arguments.skip - self._arguments.clients:
+                    with suppress(asyncio.BrokenBarrierError):
+                        await self._wave.wait()
+                else:
+                    await self._wave.abort()
+                outcome = await client.ask(question)
+                if outcome.problem is not None:
+                    self.problems.append(f"{outcome.name}: {outcome.problem}")
+                self.total_s.append(outcome.total_s)
+                if len(self.total_s) % self._arguments.every == 0:
+                    self._look()
+        finally:
+            await client.close()
+
+    def _look(self) -> None:
+        self.held.append({"answered": len(self.total_s)} | held_by(self._server.port))
+        for name, pid in self._server.processes().items():
+            with suppress(OSError):  # it has just ended
+                self.samples.setdefault(name, []).append((len(self.total_s), memory_of(pid)))
+
+
+def held_by(port: int) -> dict[str, int]:
+    """Gauges of /metrics."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+    return {" ".join(filter(None, found.group(1, 2))): int(float(found[3])) for found in HELD.finditer(text)}
+
+
+def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """The slope of the line of least squares, and its standard error; None for fewer than three points."""
+    count = len(points)
+    if count < 3:
+        return None
+    mean_x, mean_y = (sum(values) / count for values in zip(*points, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    rest = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in points)
+    return slope, (rest / (count - 2) / spread) ** 0.5
+
+
+def growth(samples: Sequence[Sample], *, skip: int, part: int) -> dict[str, Any]:
+    """Of one process. skip: requests at the beginning that do not count. part: requests of a stretch whose own slope
+    is told, to see whether the growth comes to an end."""
+    kept = [sample for sample in samples if sample[0] >= skip]
+    told: dict[str, Any] = {"samples": len(kept)}
+    for kind in KINDS:
+        line = line_through([(requests, memory[kind]) for requests, memory in kept])
+        told[f"{kind}_bytes_a_request"] = None if line is None else round(line[0], 1)
+        if kind == "rss":
+            told["rss_standard_error"] = None if line is None else round(line[1], 1)
+    told["rss_bytes_a_request_by_part"] = _by_part(samples, part)
+    for name in (*KINDS, "threads", "descriptors"):
+        told[f"{name}_first_and_last"] = [samples[0][1][name], samples[-1][1][name]]
+    return told
+
+
+def _by_part(samples: Sequence[Sample], part: int) -> dict[str, float | None]:
+    found = {}
+    for start in itertools.count(0, part):
+        points = [(requests, memory["rss"]) for requests, memory in samples if start <= requests <= start + part]
+        if len(points) < 2 or points[-1][0] == start:
+            return found
+        line = line_through(points)
+        found[f"{start} to {points[-1][0]}"] = None if line is None else round(line[0], 1)
+    raise AssertionError("unreachable")
+
+
+def report(arguments: argparse.Namespace) -> dict[str, Any]:
+    ran_on = machine()
+    with ServerProcess(server_flags(arguments), start_s=arguments.start_s) as server:
+        os.nice(NICENESS)
+        soak = Soak(server, arguments)
+        began = time.monotonic()
+        asyncio.run(soak.run())
+        seconds = time.monotonic() - began
+    part = max(arguments.every, arguments.requests // 5)
+    processes = {name: growth(samples, skip=arguments.skip, part=part) for name, samples in soak.samples.items()}
+    slopes = [process["rss_bytes_a_request"] for process in processes.values()]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": ran_on,
+        "settings": vars(arguments) | {"size": SIZE, "max_tokens": MAX_TOKENS},
+        "answered": arguments.requests - len(soak.problems),
+        "lost": len(soak.problems),
+        "problems": soak.problems[:10],
+        "seconds": round(seconds, 1),
+        "whole_answer": percentiles_ms(soak.total_s),
+        "processes": processes,
+        "met": {
+            f"slope of resident memory under {TARGET_BYTES} bytes a request": None not in slopes
+            and all(slope < TARGET_BYTES for slope in slopes),
+            "no request lost": not soak.problems,
+        },
+        "samples": {
+            name: [[requests, *(memory[kind] for kind in KINDS)] for requests, memory in samples]
+            for name, samples in soak.samples.items()
+        },
+        "held": soak.held,
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_server_flags(parser)
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--clients", type=int, default=16, help="at once")
+    parser.add_argument("--skip", type=int, default=1000, help="requests at the beginning that do not count")
+    parser.add_argument("--every", type=int, default=100, help="requests between two looks at the memory")
+    parser.add_argument("--timeout-s", type=float, default=300, help="of one request, after which it is lost")
+    parser.add_argument("--limit-s", type=float, default=3600, help="of all requests together")
+    parser.add_argument("--seed", default="soak", help="other pictures and questions for another")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # So that what was started is ended.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    record = json.dumps(report(arguments), indent=1, default=str)
+    print(record)
+    if arguments.out is not None:
+        arguments.out.write_text(record + "\n")
+
+
+if __name__ == "__main__":
+    main()
