@@ -15,6 +15,7 @@ import uvloop
 
 from dist_vlm.async_llm import AsyncLLM
 from dist_vlm.config_server import ServerConfig
+from dist_vlm.executor.fake import checksum_token
 from dist_vlm.server.building import services_of
 from dist_vlm.server.http import http_config
 from dist_vlm.server.services import Services
@@ -80,3 +81,12 @@ def serving(llm: AsyncLLM, config: ServerConfig) -> Iterator[Live]:
         thread.join(30)
         if failure:
             raise failure[0]
+
+
+def scripted_text(live: Live, prompt: list[int], count: int = 4) -> str:
+    """What scripted ranks answer to a prompt's tokens."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(checksum_token(tokens, len(tokens)))
+    text: str = live.llm.get_tokenizer().decode(tokens[len(prompt) :], skip_special_tokens=True)
+    return text

@@ -161,6 +161,8 @@ def test_an_empty_server_is_drained_at_once_and_so_is_one_that_was_full() -> Non
         for _ in range(3):
             enter(admission)
         await asyncio.wait_for(admission.drain(), 1)
+        assert admission.is_draining
+        assert admission.num_taken == 0
 
     asyncio.run(main())
 

@@ -16,9 +16,8 @@ from PIL import Image
 
 from dist_vlm.engine.chat import ChatOptions
 from dist_vlm.engine.chat_content import parse_messages
-from dist_vlm.executor.fake import checksum_token
 
-from .live import Live
+from .live import Live, scripted_text
 
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 4, "ignore_eos": True}
@@ -44,14 +43,6 @@ def rendered(live: Live, messages: list[Any], **options: Any) -> list[int]:
         is_picture = token == front.spec.image_token_id
         expanded += [token] * (front.spec.image_feature_size or 1) if is_picture else [token]
     return expanded
-
-
-def scripted_text(live: Live, prompt: list[int], count: int = 4) -> str:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(checksum_token(tokens, len(tokens)))
-    text: str = live.llm.get_tokenizer().decode(tokens[len(prompt) :], skip_special_tokens=True)
-    return text
 
 
 def test_the_answer_follows_from_the_rendered_prompt(live: Live) -> None:

@@ -7,23 +7,13 @@ from typing import Any
 
 import httpx
 
-from dist_vlm.executor.fake import checksum_token
-
-from .live import Live
+from .live import Live, scripted_text
 
 GREEDY = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
 
 
 def post(live: Live, **body: Any) -> httpx.Response:
     return httpx.post(f"{live.url}/v1/completions", json={**GREEDY, **body}, timeout=30)
-
-
-def scripted_text(live: Live, prompt: list[int], count: int = 4) -> str:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(checksum_token(tokens, len(tokens)))
-    text: str = live.llm.get_tokenizer().decode(tokens[len(prompt) :], skip_special_tokens=True)
-    return text
 
 
 def test_one_prompt_in_text_or_in_tokens(live: Live) -> None:
