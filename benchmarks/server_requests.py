@@ -26,6 +26,7 @@ from server_process import ROOT, end_with_parent
 
 sys.path.insert(0, str(ROOT))
 
+from dist_vlm.engine.niceness import run_behind
 from examples.demo import questions
 from examples.demo.shapes import sample_scene
 
@@ -150,7 +151,7 @@ async def ask_all(port: int, turns: Sequence[Sequence[Question]], *, timeout_s: 
 class Fork:
     """`work(connection, *arguments)` in a process of its own: a copy of this one, so the arguments cost nothing.
 
-    connection: what `tell` says comes out there. niceness: added to this process's.
+    connection: what `tell` says comes out there. niceness: with how much it gives way to the server's processes.
     """
 
     def __init__(self, work: Callable[..., Any], *arguments: Any, niceness: int = 0) -> None:
@@ -218,7 +219,9 @@ def _post(path: str, body: bytes) -> bytes:
 def _run_fork(connection: Connection, niceness: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent()
-    os.nice(niceness)
+    if niceness:
+        os.setsid()
+        run_behind(niceness)
     try:
         outcome = work(connection, *arguments), None
     except Exception:

@@ -23,6 +23,7 @@ from PIL import Image
 from dist_vlm.config import EngineConfig
 from dist_vlm.engine import picture_messages as messages
 from dist_vlm.engine.images import ImagePreparer
+from dist_vlm.engine.niceness import run_behind
 from dist_vlm.media.picture import PictureError, PictureMemoryError
 from dist_vlm.media.picture_source import open_data_url, open_file
 from dist_vlm.workers import wire
@@ -104,7 +105,7 @@ class PictureProcess:
 def confine(memory_bytes: int) -> None:
     """Limits this process for good: it may take `memory_bytes` more of memory, runs behind others, writes no files,
     starts nothing, and gains no rights."""
-    os.nice(_NICENESS)
+    run_behind(_NICENESS)
     limits = {
         resource.RLIMIT_AS: _address_space_bytes() + memory_bytes,
         resource.RLIMIT_CORE: 0,

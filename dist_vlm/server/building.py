@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dist_vlm.async_llm import AsyncLLM
 from dist_vlm.config_server import ServerConfig
 from dist_vlm.engine.picture_pool import PicturePool
+from dist_vlm.machine import usable_cores
 from dist_vlm.media.fetch import PictureFetcher
 from dist_vlm.server.admission import Admission
 from dist_vlm.server.body import BodyReader
@@ -23,8 +24,8 @@ from dist_vlm.server.pictures import PictureIntake
 from dist_vlm.server.services import Services
 
 _MIB = 1 << 20
-# Threads that render templates and tokenize.
-_RENDERERS = 2
+# Threads that render templates and tokenize, where half of the cores are as many.
+_MAX_RENDERERS = 2
 # How long a request waits for memory before it is told to come back.
 _MEMORY_WAIT_S = 30.0
 
@@ -49,7 +50,7 @@ async def services_of(llm: AsyncLLM, config: ServerConfig) -> AsyncIterator[Serv
     )
     HeldMetrics(metrics, admission=admission, budgets=(bodies, arrays, files))
     async with AsyncExitStack() as ending:
-        renderers = ending.enter_context(ThreadPoolExecutor(_RENDERERS, thread_name_prefix="render"))
+        renderers = ending.enter_context(_renderers())
         fetcher = await _fetcher(config, max_bytes=max_file_bytes, ending=ending)
         pool = await _pool(llm, config, max_bytes=max_file_bytes, ending=ending)
         health = HealthMonitor(llm, limit_s=config.health_timeout_s, metrics=metrics)
@@ -71,6 +72,11 @@ async def services_of(llm: AsyncLLM, config: ServerConfig) -> AsyncIterator[Serv
             metrics=metrics,
             renderers=renderers,
         )
+
+
+def _renderers() -> ThreadPoolExecutor:
+    """On few cores the event loop would wait for a lock that a thread holds which waits for a core."""
+    return ThreadPoolExecutor(max(1, min(_MAX_RENDERERS, usable_cores() // 2)), thread_name_prefix="render")
 
 
 async def _fetcher(config: ServerConfig, *, max_bytes: int, ending: AsyncExitStack) -> PictureFetcher | None:
