@@ -178,8 +178,8 @@ class ParallelConfig:
     kernels: str = option(
         "str",
         "auto",
-        help="implementation of the ops (auto: cpp on a CPU with a compiler, else torch)",
-        choices=("auto", "reference", "torch", "cpp"),
+        help="implementation of the ops (auto: triton on a GPU, cpp on a CPU with a compiler, else torch)",
+        choices=("auto", "reference", "torch", "cpp", "triton"),
     )
     share_gpu: bool = option("bool", False, help="let several ranks use one GPU, to test the multi-rank path")
 

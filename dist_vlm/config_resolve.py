@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_vlm.config import RULES, CacheConfig, ConfigError, EngineConfig, ModelConfig, ParallelConfig, VisionConfig
 from dist_vlm.kernels.compiler import find_compiler
+from dist_vlm.kernels.triton_support import triton_found, triton_interpreted
 from dist_vlm.machine import nvidia_gpu_seen, usable_cores
 from dist_vlm.workers.models import CheckpointError, read_spec
 
@@ -57,18 +58,32 @@ def resolved_parallel(parallel: ParallelConfig) -> ParallelConfig:
         replicas_per_node = -(-parallel.replicas // parallel.num_nodes)
         threads = max(1, usable_cores() // (parallel.tensor_parallel_size * replicas_per_node))
     kernels = _auto_kernels(device) if parallel.kernels == "auto" else parallel.kernels
-    if kernels == "cpp" and device != "cpu":
-        raise ConfigError("must be auto, reference or torch on a GPU", field="parallel.kernels", value=kernels)
+    _check_kernels(kernels, device)
     return dataclasses.replace(parallel, device=device, threads_per_rank=threads, kernels=kernels)
 
 
 def _auto_kernels(device: str) -> str:
     if device != "cpu":
+        if triton_found():
+            return "triton"
+        _log.warning("triton cannot be imported: the ops run in torch, slower (install triton, or set kernels: torch)")
         return "torch"
     if find_compiler() is not None:
         return "cpp"
     _log.warning("no C++ compiler is found: the ops run in torch, slower (install g++, or set kernels: torch)")
     return "torch"
+
+
+def _check_kernels(kernels: str, device: str) -> None:
+    problem = None
+    if kernels == "cpp" and device != "cpu":
+        problem = "must be auto, reference, torch or triton on a GPU"
+    elif kernels == "triton" and not triton_found():
+        problem = "must be auto, reference, torch or cpp: triton cannot be imported here"
+    elif kernels == "triton" and device == "cpu" and not triton_interpreted():
+        problem = "must be auto, reference, torch or cpp on a CPU, unless TRITON_INTERPRET=1 is set"
+    if problem is not None:
+        raise ConfigError(problem, field="parallel.kernels", value=kernels)
 
 
 def _read_spec(path: str) -> ModelSpec:

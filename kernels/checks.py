@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     """Raises `ValueError` unless `tensor` has `shape`; None stands for any size."""
@@ -26,6 +28,12 @@ def check_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Raises `TypeError` unless `tensor` has `dtype`."""
     if tensor.dtype != dtype:
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, must be {dtype}")
+
+
+def check_float(op: str, name: str, tensor: Tensor) -> None:
+    """Raises `TypeError` unless `tensor` has a dtype that kernels computing in float32 take."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, must be one of {', '.join(map(str, FLOATS))}")
 
 
 def check_dense(op: str, name: str, tensor: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,23 @@ from dist_vlm.kernels import (
     paged_attention,
     quick_gelu,
     reduce_add_norm,
-    rotary,
+    rotary_write_kv,
     silu_mul,
-    write_kv,
 )
+from dist_vlm.kernels.triton_support import triton_found, triton_interpreted
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOps:
+    """What decode steps need beside an `OpSet`, so that nothing in them waits for the device.
+
+    plan: `plan_attention` for a batch of slots. inputs: what a step knows of its rows, from what the device keeps of
+    their slots. greedy: the likeliest token of each row of logits, and whether the row is finite.
+    """
+
+    plan: Callable[..., Any]
+    inputs: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    greedy: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +42,18 @@ class OpSet:
 
     plan_attention: computes, once a forward, what `paged_attention` needs of the batch in every layer.
     workspace_bytes: most that an op of a forward allocates beside its results.
+    decode: None where the ops cannot be recorded.
     """
 
     plan_attention: Callable[..., Any]
     paged_attention: Callable[..., Tensor]
-    write_kv: Callable[..., None]
-    apply_rotary: Callable[..., tuple[Tensor, Tensor]]
+    rotary_write_kv: Callable[..., Tensor]
     silu_mul: Callable[..., Tensor]
     quick_gelu: Callable[[Tensor], Tensor]
     full_attention: Callable[..., Tensor]
     reduce_add_norm: Callable[..., tuple[Tensor, Tensor]]
     workspace_bytes: int
+    decode: DecodeOps | None = None
 
     @property
     def names(self) -> dict[str, str]:
@@ -51,8 +66,7 @@ IMPLEMENTATIONS = {
     "reference": OpSet(
         plan_attention=paged_attention.plan_attention_reference,
         paged_attention=paged_attention.paged_attention_reference,
-        write_kv=write_kv.write_kv_reference,
-        apply_rotary=rotary.apply_rotary_reference,
+        rotary_write_kv=rotary_write_kv.rotary_write_kv_reference,
         silu_mul=silu_mul.silu_mul_reference,
         quick_gelu=quick_gelu.quick_gelu_reference,
         full_attention=full_attention.full_attention_reference,
@@ -62,8 +76,7 @@ IMPLEMENTATIONS = {
     "torch": OpSet(
         plan_attention=paged_attention.plan_attention_torch,
         paged_attention=paged_attention.paged_attention_torch,
-        write_kv=write_kv.write_kv_torch,
-        apply_rotary=rotary.apply_rotary_torch,
+        rotary_write_kv=rotary_write_kv.rotary_write_kv_torch,
         silu_mul=silu_mul.silu_mul_torch,
         quick_gelu=quick_gelu.quick_gelu_torch,
         full_attention=full_attention.full_attention_torch,
@@ -73,8 +86,7 @@ IMPLEMENTATIONS = {
     "cpp": OpSet(
         plan_attention=paged_attention.plan_attention_cpp,
         paged_attention=paged_attention.paged_attention_cpp,
-        write_kv=write_kv.write_kv_cpp,
-        apply_rotary=rotary.apply_rotary_cpp,
+        rotary_write_kv=rotary_write_kv.rotary_write_kv_cpp,
         silu_mul=silu_mul.silu_mul_cpp,
         quick_gelu=quick_gelu.quick_gelu_cpp,
         full_attention=full_attention.full_attention_cpp,
@@ -82,6 +94,7 @@ IMPLEMENTATIONS = {
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
 }
+NAMES = (*IMPLEMENTATIONS, "triton")
 DEVICES = ("cpu", "cuda")
 
 
@@ -93,10 +106,53 @@ def choose(name: str, device: torch.device | str) -> OpSet:
     kind = torch.device(device).type
     if kind not in DEVICES:
         raise ValueError(f"device is {kind!r}, must be one of {', '.join(DEVICES)}")
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"kernels is {name!r}, must be one of {', '.join(IMPLEMENTATIONS)}")
+    if name not in NAMES:
+        raise ValueError(f"kernels is {name!r}, must be one of {', '.join(NAMES)}")
+    allowed = allowed_names(kind)
+    if name == "triton" and not triton_found():
+        raise ValueError(f"kernels is 'triton' and triton cannot be imported, must be one of {', '.join(allowed)}")
+    if name not in allowed:
+        raise ValueError(f"kernels is {name!r} on device {kind!r}, must be one of {', '.join(allowed)} there")
     if name == "cpp":
-        if kind != "cpu":
-            raise ValueError(f"kernels is 'cpp' on device {kind!r}, must be one of reference, torch there")
         cpp_library.library()
-    return IMPLEMENTATIONS[name]
+    return _triton_ops() if name == "triton" else IMPLEMENTATIONS[name]
+
+
+def allowed_names(kind: str) -> list[str]:
+    """The implementations that a "cpu" or "cuda" device can run. Triton runs on a CPU only where it interprets."""
+    fitting = {
+        "reference": True,
+        "torch": True,
+        "cpp": kind == "cpu",
+        "triton": triton_found() and (kind == "cuda" or triton_interpreted()),
+    }
+    return [name for name in NAMES if fitting[name]]
+
+
+@functools.cache
+def _triton_ops() -> OpSet:
+    from dist_vlm.kernels import (
+        decode_inputs_triton,
+        greedy_triton,
+        paged_attention_triton,
+        quick_gelu_triton,
+        reduce_add_norm_triton,
+        rotary_write_kv_triton,
+        silu_mul_triton,
+    )
+
+    return OpSet(
+        plan_attention=paged_attention_triton.plan_attention_triton,
+        paged_attention=paged_attention_triton.paged_attention_triton,
+        rotary_write_kv=rotary_write_kv_triton.rotary_write_kv_triton,
+        silu_mul=silu_mul_triton.silu_mul_triton,
+        quick_gelu=quick_gelu_triton.quick_gelu_triton,
+        full_attention=full_attention.full_attention_torch,
+        reduce_add_norm=reduce_add_norm_triton.reduce_add_norm_triton,
+        workspace_bytes=paged_attention_triton.TRITON_WORKSPACE_BYTES,
+        decode=DecodeOps(
+            plan=paged_attention_triton.plan_decode_triton,
+            inputs=decode_inputs_triton.decode_inputs_triton,
+            greedy=greedy_triton.greedy_triton,
+        ),
+    )

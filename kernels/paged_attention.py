@@ -8,12 +8,14 @@ block_tables[s, p // block_size], offset p % block_size. For local token j, quer
 
 q: [T, heads, D], any strides with a dense last axis; key_cache, value_cache: [num_blocks, block_size, kv_heads, D],
 contiguous, of q's dtype; heads a multiple of kv_heads -> [T, heads, D]. The softmax is taken in float32.
-What depends on the batch alone is computed once a forward by `plan_...` and used by every layer.
+What depends on the batch alone is computed once a forward by `plan_...` and used by every layer. It takes `bounds` where
+the caller knows them: to read them from a GPU is to wait for it.
 Vaswani et al., 2017; grouped heads: Ainslie et al., 2023; block tables: Kwon et al., 2023.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,10 @@ from dist_vlm.kernels.checks import check_dense, check_dtype, check_rows, check_
 GATHER_BYTES = 512 * 2**20
 # What the torch implementation allocates beside its result: a gather, the masks, and what the torch op itself takes.
 TORCH_WORKSPACE_BYTES = 2 * GATHER_BYTES
+
+
+# (first token, end token, context length) of each sequence, on the host.
+Bounds = Sequence[tuple[int, int, int]]
 
 
 def check_batch(query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, block_size: int) -> None:
@@ -59,8 +65,8 @@ def check_inputs(q: Tensor, key_cache: Tensor, value_cache: Tensor, *, num_token
         raise ValueError(f"{op}: {q.shape[1]} heads are not a multiple of {key_cache.shape[2]} KV heads")
 
 
-def sequence_bounds(query_starts: Tensor, context_lens: Tensor, table_positions: int) -> list[tuple[int, int, int]]:
-    """(first token, end token, context length) of each sequence; raises `ValueError` where they contradict."""
+def sequence_bounds(query_starts: Tensor, context_lens: Tensor, table_positions: int) -> Bounds:
+    """Bounds of each sequence, which a device is waited for; raises `ValueError` where they contradict."""
     starts, contexts = query_starts.tolist(), context_lens.tolist()
     bounds = list(zip(starts[:-1], starts[1:], contexts, strict=True))
     for index, (start, end, context) in enumerate(bounds):
@@ -76,19 +82,25 @@ def sequence_bounds(query_starts: Tensor, context_lens: Tensor, table_positions:
 class ReferencePlan:
     """The batch as it is, with its bounds on the host."""
 
-    bounds: list[tuple[int, int, int]]
+    bounds: Bounds
     block_tables: Tensor
     block_size: int
     num_tokens: int
 
 
 def plan_attention_reference(
-    query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, *, block_size: int, position_bytes: int
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    block_size: int,
+    position_bytes: int,
+    bounds: Bounds | None = None,
 ) -> ReferencePlan:
     """Prepares the arguments that every layer shares; see the module for their meaning."""
     del position_bytes
     check_batch(query_starts, context_lens, block_tables, block_size)
-    bounds = sequence_bounds(query_starts, context_lens, block_tables.shape[1] * block_size)
+    bounds = bounds or sequence_bounds(query_starts, context_lens, block_tables.shape[1] * block_size)
     return ReferencePlan(bounds, block_tables, block_size, bounds[-1][1] if bounds else 0)
 
 
@@ -151,14 +163,20 @@ class TorchPlan:
 
 
 def plan_attention_torch(
-    query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, *, block_size: int, position_bytes: int
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    block_size: int,
+    position_bytes: int,
+    bounds: Bounds | None = None,
 ) -> TorchPlan:
     """Prepares the arguments that every layer shares; reads the bounds on the host, once a forward.
 
     position_bytes: of the keys and values of one position in one layer of this rank.
     """
     check_batch(query_starts, context_lens, block_tables, block_size)
-    bounds = sequence_bounds(query_starts, context_lens, block_tables.shape[1] * block_size)
+    bounds = bounds or sequence_bounds(query_starts, context_lens, block_tables.shape[1] * block_size)
     prefills, singles = [], []
     for sequence, (start, end, context) in enumerate(bounds):
         if end - start == 1:
@@ -274,12 +292,18 @@ class CppPlan:
 
 
 def plan_attention_cpp(
-    query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, *, block_size: int, position_bytes: int
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    block_size: int,
+    position_bytes: int,
+    bounds: Bounds | None = None,
 ) -> CppPlan:
     """Prepares the arguments that every layer shares."""
     del position_bytes
     check_batch(query_starts, context_lens, block_tables, block_size)
-    bounds = sequence_bounds(query_starts, context_lens, block_tables.shape[1] * block_size)
+    bounds = bounds or sequence_bounds(query_starts, context_lens, block_tables.shape[1] * block_size)
     prefills, singles = [], []
     for sequence, (start, end, context) in enumerate(bounds):
         if end - start == 1:

@@ -1,12 +1,19 @@
-"""Shared by all tests: random checkpoints, and the skips of tests that need GPUs."""
+"""Shared by all tests: random checkpoints, the skips of tests that need GPUs, and how triton runs."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dist_vlm.machine import nvidia_gpu_seen
+
+# Before anything imports triton, as transformers' models do: without a GPU its kernels are interpreted.
+if not nvidia_gpu_seen():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE_LLAVA = ROOT / "benchmarks" / "peers" / "make_llava.py"

@@ -130,7 +130,7 @@ def test_a_path_object_is_a_path() -> None:
         ("tensor_parallel_size", None),
         ("executor", "mp"),
         ("device", "tpu"),
-        ("kernels", "triton"),
+        ("kernels", "tritn"),
         ("start_timeout_s", 0),
         ("start_timeout_s", math.nan),
         ("step_timeout_s", -1),

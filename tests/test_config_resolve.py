@@ -48,8 +48,43 @@ def test_without_a_compiler_the_ops_run_in_torch_and_the_log_says_so(
 
 
 def test_compiled_kernels_are_refused_on_a_gpu(tiny_facts: Path) -> None:
-    with pytest.raises(ValueError, match="must be auto, reference or torch on a GPU"):
+    with pytest.raises(ValueError, match="must be auto, reference, torch or triton on a GPU"):
         resolve(config_for(tiny_facts, device="cuda", kernels="cpp"))
+
+
+def test_a_gpu_runs_triton_where_it_is_installed(
+    tiny_facts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_for(tiny_facts, device="cuda")
+    monkeypatch.setattr(dist_vlm.config_resolve, "triton_found", lambda: True)
+    assert resolve(config).parallel.kernels == "triton"
+    assert "triton" not in caplog.text
+    monkeypatch.setattr(dist_vlm.config_resolve, "triton_found", lambda: False)
+    assert resolve(config).parallel.kernels == "torch"
+    assert "triton cannot be imported" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "found", "interpreted", "message"),
+    [
+        ("cuda", False, False, "must be auto, reference, torch or cpp: triton cannot be imported here"),
+        ("cpu", False, True, "must be auto, reference, torch or cpp: triton cannot be imported here"),
+        ("cpu", True, False, "must be auto, reference, torch or cpp on a CPU, unless TRITON_INTERPRET=1 is set"),
+        ("cpu", True, True, None),
+        ("cuda", True, False, None),
+    ],
+)
+def test_triton_is_refused_where_it_cannot_run(
+    tiny_facts: Path, monkeypatch: pytest.MonkeyPatch, device: str, found: bool, interpreted: bool, message: str | None
+) -> None:
+    monkeypatch.setattr(dist_vlm.config_resolve, "triton_found", lambda: found)
+    monkeypatch.setattr(dist_vlm.config_resolve, "triton_interpreted", lambda: interpreted)
+    config = config_for(tiny_facts, device=device, kernels="triton")
+    if message is None:
+        assert resolve(config).parallel.kernels == "triton"
+    else:
+        with pytest.raises(ConfigError, match=f"parallel.kernels = 'triton': {message}"):
+            resolve(config)
 
 
 def test_what_is_given_stays(tiny_facts: Path) -> None:

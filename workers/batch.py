@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,12 @@ class Batch:
     query_starts: int64 [S + 1]: the tokens of sequence s are [query_starts[s], query_starts[s + 1]).
     context_lens: int64 [S]: keys that the last token of sequence s sees, itself included.
     block_tables: int64 [S, blocks]: block ids of each sequence, zero past its end.
-    logits_rows: int64 [R]: tokens whose logits are wanted.
+    logits_rows: int64 [R]: tokens whose logits are wanted; None where all are, in order.
     image_rows: int64 [I]: tokens whose embedding is an image feature.
     image_features: [I, hidden_size], the model's dtype, in the order of image_rows.
-    max_query_len, max_context_len: the greatest of their kind, known to the host.
+    bounds: of each sequence its first token, end token and context, on the host; None where only the device knows.
+    decode_slots: int64 [S], where each sequence has one token, and S no bounds: rows of `block_tables`, which are
+        then those of all slots. A context of 0 means that the row is computed for nothing.
     """
 
     token_ids: torch.Tensor
@@ -32,8 +35,8 @@ class Batch:
     query_starts: torch.Tensor
     context_lens: torch.Tensor
     block_tables: torch.Tensor
-    logits_rows: torch.Tensor
+    logits_rows: torch.Tensor | None
     image_rows: torch.Tensor
     image_features: torch.Tensor
-    max_query_len: int
-    max_context_len: int
+    bounds: Sequence[tuple[int, int, int]] | None
+    decode_slots: torch.Tensor | None = None

@@ -35,6 +35,11 @@ class Communicator:
     group: dist.ProcessGroup | None = None
     count: CollectiveCount = field(default_factory=CollectiveCount)
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether the collectives may be part of a CUDA graph."""
+        return self.world_size == 1 or dist.get_backend(self.group) == "nccl"
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` over the ranks in place and returns it; every rank gets the same bits."""
         if self.world_size > 1:

@@ -168,9 +168,10 @@ class ParallelHead(nn.Module):
         self.comm = place.comm
         self.weight = tied.weight if tied is not None else place.empty(section.count, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         parts = self.comm.all_gather(linear(x, self.weight, None))  # [world_size, R, count]
-        return parts.transpose(0, 1).flatten(1)[:, : self.section.size].float()
+        logits = parts.transpose(0, 1).flatten(1)[:, : self.section.size]
+        return logits.float() if out is None else out.copy_(logits)
 
     def load(self, source: WeightSource, names: Sequence[str]) -> None:
         _load_vocabulary(self.weight, self.section, source, names)

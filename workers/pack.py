@@ -111,8 +111,7 @@ def _pack(
         logits_rows=put(logits_rows),
         image_rows=put(image_rows),
         image_features=torch.cat(image_features) if image_features else empty_features,
-        max_query_len=int(counts.max()),
-        max_context_len=int(context_lens.max()),
+        bounds=list(zip(starts[:-1].tolist(), starts[1:].tolist(), context_lens.tolist(), strict=True)),
     )
     return Packed(batch, prompt_rows)
 

@@ -14,6 +14,7 @@ from dist_vlm.kernels.upload import upload
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.computed import NOT_FINITE, SLOT_FAILURES, UNPACKABLE, UNSAMPLED, Computed, LaunchedStep
 from dist_vlm.workers.config import LoadReport, RankConfig
+from dist_vlm.workers.decode import Decoder
 from dist_vlm.workers.kv_cache import KVCache, block_bytes
 from dist_vlm.workers.memory import encoder_batch_images, kv_cache_bytes
 from dist_vlm.workers.models import get_family, read_spec
@@ -21,7 +22,14 @@ from dist_vlm.workers.pack import PromptRows, pack
 from dist_vlm.workers.peak_memory import PeakMemory
 from dist_vlm.workers.pending import FinishedStep, PendingStep
 from dist_vlm.workers.plan import Slice, StepCounters, StepPlan, StepResult
-from dist_vlm.workers.sampler import LogitsProcessor, PendingLogprobs, SampleRow, sample_tokens, token_logprobs
+from dist_vlm.workers.sampler import (
+    LogitsProcessor,
+    PendingLogprobs,
+    SampleRow,
+    is_greedy,
+    sample_tokens,
+    token_logprobs,
+)
 from dist_vlm.workers.slots import SlotTable
 from dist_vlm.workers.vision import FeatureStore, ImageStore
 from dist_vlm.workers.weights import open_weights
@@ -103,13 +111,31 @@ class Runner:
             "head_dim": self.spec.head_dim,
         }
 
+    @torch.inference_mode()
     def allocate(self, num_blocks: int) -> None:
-        """Allocates the KV cache: the same number of blocks on every rank."""
+        """Allocates the KV cache, the same number of blocks on every rank, and records what steps repeat."""
         self.kv_cache = KVCache.allocate(
             num_blocks=num_blocks, dtype=self.dtype, device=self.device, **self._cache_shape()
         )
+        self._decoder = self._make_decoder()
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=self.device)
         self._no_features = torch.empty((0, self.spec.hidden_size), dtype=self.dtype, device=self.device)
+
+    def _make_decoder(self) -> Decoder | None:
+        """None where ops or collectives cannot be recorded."""
+        if self.ops.decode is None or not self.comm.is_recordable:
+            return None
+        decoder = Decoder(
+            self.language,
+            ops=self.ops.decode,
+            slots=self.slots,
+            kv_cache=self.kv_cache,
+            comm=self.comm,
+            max_num_seqs=self.config.max_num_seqs,
+            vocab_size=self.spec.vocab_size,
+        )
+        decoder.record()
+        return decoder
 
     def stage(self, key: str, kind: str, array: np.ndarray) -> None:
         self.images.stage(key, kind, array)
@@ -164,6 +190,29 @@ class Runner:
 
     def _compute(self, slices: Sequence[Slice]) -> Computed:
         """Enqueues a step's forward and sampling. What goes wrong with one slot is told in its row of the status."""
+        if self._decoder is not None and all(self._is_decode(piece) for piece in slices):
+            return self._decode(self._decoder, slices)
+        return self._compute_any(slices)
+
+    def _is_decode(self, piece: Slice) -> bool:
+        return piece.count == 1 and piece.sample and self.slots.sequence(piece.slot).sampling.prompt_logprobs is None
+
+    def _decode(self, decoder: Decoder, slices: Sequence[Slice]) -> Computed:
+        self.slots.upload_blocks()
+        decoded = decoder.launch(slices)
+        rows = [self._sample_row(piece) for piece in slices]
+        if all(is_greedy(row.sampling) for row in rows):
+            return decoded.to_host()
+        tokens, unsampled = self._sample(decoded.logits, rows)
+        self.slots.write_sampled([row.slot for row in rows], [row.position for row in rows], tokens)
+        status = decoded.status.float()
+        if self.comm.world_size > 1 or unsampled:
+            failed = torch.zeros((len(rows), len(SLOT_FAILURES)))
+            failed[[row.slot in unsampled for row in rows], UNSAMPLED] = 1
+            status += self.comm.all_reduce(failed.to(self.device, non_blocking=True))
+        return Computed(tokens, status, self._logprobs(decoded.logits, tokens, rows), []).to_host()
+
+    def _compute_any(self, slices: Sequence[Slice]) -> Computed:
         packed = pack(slices, slots=self.slots, features=self.features.features, empty_features=self._no_features)
         hidden = self.language.forward(packed.batch, self.kv_cache)
         rows = [self._sample_row(piece) for piece in slices if piece.sample]

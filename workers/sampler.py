@@ -12,9 +12,17 @@ from dist_vlm.kernels import sample
 from dist_vlm.kernels.logprobs import LogprobTensors, compute_logprobs
 from dist_vlm.kernels.upload import upload
 from dist_vlm.workers.logit_edits import LogitsProcessor, SampleRow, asks_edits, edit_logits
-from dist_vlm.workers.plan import TokenLogprobs
+from dist_vlm.workers.plan import SamplingRow, TokenLogprobs
 
-__all__ = ["LogitsProcessor", "PendingLogprobs", "SampleRow", "sample_tokens", "sampling_bytes", "token_logprobs"]
+__all__ = [
+    "LogitsProcessor",
+    "PendingLogprobs",
+    "SampleRow",
+    "is_greedy",
+    "sample_tokens",
+    "sampling_bytes",
+    "token_logprobs",
+]
 
 
 def sampling_bytes(num_rows: int, vocab: int, max_model_len: int) -> int:
@@ -24,6 +32,11 @@ def sampling_bytes(num_rows: int, vocab: int, max_model_len: int) -> int:
     logit each; five integers a known token for the penalties; and the draw itself.
     """
     return num_rows * (3 * 4 * vocab + 5 * 8 * max_model_len) + sample.draw_bytes(num_rows, vocab)
+
+
+def is_greedy(sampling: SamplingRow) -> bool:
+    """Whether the likeliest token is taken, as the logits are, and nothing more is told of it."""
+    return sampling.temperature == 0 and sampling.logprobs is None and not asks_edits(sampling)
 
 
 def sample_tokens(

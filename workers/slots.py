@@ -30,13 +30,23 @@ class SlotTable:
 
     token_ids: int64 [num_slots, max_model_len] on the device, where sampled tokens are written without a
         round trip to the host.
+    all_token_ids: the same with one slot and one position more: rows of no slot, and tokens past the longest
+        sequence, have a place to be written to.
     block_ids: int64 [num_slots, blocks of max_model_len] on the host: the driver decides them.
+    block_tables: the same on the device, int32, with one slot more; what was appended is there after
+        `upload_blocks`.
+    idle_slot: the one slot more, which no sequence takes.
     """
 
     def __init__(self, *, num_slots: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
-        self.token_ids = torch.zeros((num_slots, max_model_len), dtype=torch.int64, device=device)
+        self.idle_slot = num_slots
+        self.all_token_ids = torch.zeros((num_slots + 1, max_model_len + 1), dtype=torch.int64, device=device)
+        self.token_ids = self.all_token_ids[:num_slots, :max_model_len]
         self.block_ids = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int64)
+        shape = (num_slots + 1, self.block_ids.shape[1])
+        self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._appended: list[tuple[int, int, int]] = []
         self._num_blocks = [0] * num_slots
         self._sequences: list[Sequence | None] = [None] * num_slots
 
@@ -67,13 +77,19 @@ class SlotTable:
         end = begin + len(piece.block_ids)
         self.block_ids[piece.slot, begin:end] = piece.block_ids
         self._num_blocks[piece.slot] = end
+        self._appended += [(piece.slot, begin + index, block) for index, block in enumerate(piece.block_ids)]
         if end * self.block_size < piece.start + piece.count:
             raise RuntimeError(f"slot {piece.slot}: {end} blocks do not cover {piece.start + piece.count} positions")
 
     def write_sampled(self, slots: Seq[int], positions: Seq[int], tokens: torch.Tensor) -> None:
-        """Writes each slot's sampled token, int64 [R], at its position. One past the longest sequence has no place."""
-        fits = [index for index, position in enumerate(positions) if position < self.token_ids.shape[1]]
-        if len(fits) < len(slots):
-            tokens = tokens[upload(fits, torch.int64, tokens.device)]
-        where = upload([(slots[i], positions[i]) for i in fits], torch.int64, tokens.device).view(-1, 2)
-        self.token_ids.index_put_((where[:, 0], where[:, 1]), tokens)
+        """Writes each slot's sampled token, int64 [R], at its position."""
+        where = upload([slots, positions], torch.int64, tokens.device)
+        self.all_token_ids[where[0], where[1]] = tokens
+
+    def upload_blocks(self) -> None:
+        """Brings `block_tables` up to date."""
+        if not self._appended:
+            return
+        slots, places, blocks = upload(self._appended, torch.int64, self.block_tables.device).T
+        self.block_tables[slots, places] = blocks.to(torch.int32)
+        self._appended.clear()

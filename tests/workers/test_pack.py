@@ -33,7 +33,7 @@ def test_a_mixed_batch_by_hand():
     assert batch.context_lens.tolist() == [5, 4]
     assert batch.block_tables.tolist() == [[6, 3], [1, 0]]
     assert batch.logits_rows.tolist() == [8]
-    assert (batch.max_query_len, batch.max_context_len) == (5, 5)
+    assert batch.bounds == [(0, 5, 5), (5, 9, 4)]
     # Rows 2..4 hold the image's first three rows; its last comes with the next chunk.
     assert batch.image_rows.tolist() == [2, 3, 4]
     assert torch.equal(batch.image_features, features["x"][:3])

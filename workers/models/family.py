@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from dist_vlm.workers.models.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import numpy as np
     import torch
     from PIL import Image
@@ -28,11 +30,14 @@ class LanguageModel(ABC):
     @abstractmethod
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
         """Writes the batch's keys and values and returns the normed last hidden states of `batch.logits_rows`,
-        [len(batch.logits_rows), hidden_size], reduced: the same on every rank."""
+        [R, hidden_size], reduced: the same on every rank. Waits for no device."""
 
     @abstractmethod
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Rows of `forward`'s result [R, hidden_size] -> float32 [R, vocab_size], gathered: the same on every rank."""
+    def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of `forward`'s result [R, hidden_size] -> float32 [R, vocab_size], gathered: the same on every rank.
+
+        out: filled and returned instead of a new tensor.
+        """
 
 
 class VisionModel(ABC):
@@ -53,8 +58,11 @@ class ImageProcessor(ABC):
     """The host's half of a family: pictures to pixel tensors. Runs in the driver, and in processes without torch."""
 
     @abstractmethod
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """One RGB picture -> float32 pixel values, shape `image_input_shape`."""
+    def preprocess(self, image: Image.Image, *, helpers: Executor | None = None) -> np.ndarray:
+        """One RGB picture -> float32 pixel values, shape `image_input_shape`.
+
+        helpers: threads that may take parts of the work, as `run_beside` says.
+        """
 
     @property
     @abstractmethod

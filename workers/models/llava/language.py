@@ -108,32 +108,37 @@ class LlamaLanguageModel(LanguageModel):
             cache = (kv_cache.keys[index], kv_cache.values[index])
             normed, residual = self._reduce(partial, residual, layer.input_norm)
             q, k, v = layer.split_heads(layer.qkv(normed))
-            q, k = self.ops.apply_rotary(q, k, cos, sin)
-            self.ops.write_kv(k, v, *cache, batch.slot_mapping)
+            q = self.ops.rotary_write_kv(q, k, v, cos, sin, *cache, batch.slot_mapping)
             attended = self.ops.paged_attention(q, *cache, plan, scale=self._scale)
-            if layer is last and rows.shape[0]:
+            if layer is last and rows is not None and rows.shape[0]:
                 # From here on, only the rows asked for are computed: one of a prompt's hundreds.
                 attended, residual = attended.index_select(0, rows), residual.index_select(0, rows)
             partial = layer.attention_out(attended.flatten(1))
             normed, residual = self._reduce(partial, residual, layer.post_attention_norm)
             partial = layer.down(self.ops.silu_mul(layer.gate_up(normed)))
-        if not rows.shape[0]:
+        if rows is not None and not rows.shape[0]:
             return partial[:0]
         normed, _ = self._reduce(partial, residual, self.shard.norm)
         return normed
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.shard.head(hidden)
+    def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.shard.head(hidden, out=out)
         return logits
 
     def _plan_attention(self, batch: Batch, kv_cache: KVCache) -> Any:
         keys = kv_cache.keys[0]
+        if batch.decode_slots is not None:
+            assert self.ops.decode is not None
+            return self.ops.decode.plan(
+                batch.decode_slots, batch.context_lens, batch.block_tables, block_size=keys.shape[1]
+            )
         return self.ops.plan_attention(
             batch.query_starts,
             batch.context_lens,
             batch.block_tables,
             block_size=keys.shape[1],
             position_bytes=2 * keys.shape[2] * keys.shape[3] * keys.element_size(),
+            bounds=batch.bounds,
         )
 
     def _embed(self, batch: Batch) -> Tensor:

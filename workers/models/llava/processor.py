@@ -1,4 +1,4 @@
-"""Pictures to pixel tensors, with transformers' own image processor in its PIL backend.
+"""Pictures to pixel tensors, as transformers' own image processor makes them in its PIL backend.
 
 transformers has two backends that differ in their resampling, and picks by what is installed; here the PIL class is
 named, so torchvision is never used.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 from dist_vlm.workers.models.family import ImageProcessor
 from dist_vlm.workers.models.json_fields import Fields, read_object
+from dist_vlm.workers.models.llava.scaled_crop import scaled_crop
 from dist_vlm.workers.models.spec import CheckpointError
 
 # `image_processor_type` of a checkpoint, without the suffix of a backend -> module and class.
@@ -26,7 +28,7 @@ PROCESSORS = {
 
 
 class PilImageProcessor(ImageProcessor):
-    """See `ImageProcessor`.
+    """See `ImageProcessor`. The usual settings are served by `ScaledCrop`, others by transformers: decided here, once.
 
     path: directory with preprocessor_config.json, or with its content under "image_processor" in
         processor_config.json.
@@ -46,6 +48,7 @@ class PilImageProcessor(ImageProcessor):
         settings = self._processor.to_dict()
         serialized = json.dumps([name, settings], sort_keys=True, default=str).encode()
         self._digest = hashlib.blake2b(serialized, digest_size=16).hexdigest()
+        self._scaled_crop = scaled_crop(self._processor)
         shape = self.preprocess(Image.new("RGB", (8, 5))).shape
         if shape != output_shape:
             raise CheckpointError(
@@ -53,7 +56,9 @@ class PilImageProcessor(ImageProcessor):
                 f" {list(output_shape)}"
             )
 
-    def preprocess(self, image: Image.Image) -> np.ndarray:
+    def preprocess(self, image: Image.Image, *, helpers: Executor | None = None) -> np.ndarray:
+        if self._scaled_crop is not None:
+            return self._scaled_crop(image, helpers=helpers)
         pixels = self._processor(images=image, return_tensors="np")["pixel_values"]
         return np.ascontiguousarray(pixels, dtype=np.float32)
 

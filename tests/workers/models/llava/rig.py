@@ -186,8 +186,7 @@ class Driver:
             logits_rows=put(list(range(len(tokens)) if rows is None else rows)),
             image_rows=put(image_rows),
             image_features=(torch.stack(features) if features else no_features).to(keys.device, keys.dtype),
-            max_query_len=max(end - start for _, start, end in chunks),
-            max_context_len=max(contexts),
+            bounds=list(zip(starts[:-1], starts[1:], contexts, strict=True)),
         )
 
     def run(self, chunks: Sequence[tuple[PagedSequence, int, int]], rows: Sequence[int] | None = None) -> Tensor:

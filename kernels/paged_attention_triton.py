@@ -1,0 +1,413 @@
+"""`paged_attention` in Triton: one kernel for sequences with one token, one for those with several.
+
+A decoding sequence's positions are split into parts that run at the same time where the batch alone would leave the
+GPU idle; a second kernel joins them. Prefill chunks are cut into tiles of queries, each a program a head.
+Online softmax: Milakov and Gimelshein, 2018; tiles: Dao et al., "FlashAttention", 2022; parts of the positions: Dao et
+al., "Flash-Decoding", 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dist_vlm.kernels.paged_attention import Bounds, check_batch, check_inputs, sequence_bounds
+
+# Programs that fill a GPU when it decodes; parts are added until the batch has as many.
+_WANTED_PROGRAMS = 528
+_MAX_PARTS = 16
+# float32 numbers that hold the parts of a decoding batch: D + 2 a part and head, of sequences few enough to be split.
+TRITON_WORKSPACE_BYTES = 64 << 20
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSet:
+    """N sequences with one token each.
+
+    tokens: int [N], the row of q of each; None where they are the first N rows, in order.
+    sequences: int [N], the row of the block table of each. contexts: int [N], 0 for a row that is computed for nothing.
+    """
+
+    tokens: Tensor | None
+    sequences: Tensor
+    contexts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TritonPlan:
+    """tiles: int32 [P, 4], of each the first row of q, how many, the row of the block table, and the position of the
+    first; None without a prefill."""
+
+    decodes: DecodeSet | None
+    tiles: Tensor | None
+    block_tables: Tensor
+    block_size: int
+    num_tokens: int
+
+
+def plan_decode_triton(slots: Tensor, context_lens: Tensor, block_tables: Tensor, *, block_size: int) -> TritonPlan:
+    """For a batch of single tokens, row i of q that of block table `slots[i]`. Reads nothing on the host.
+
+    slots, context_lens: int [N]; a context of 0 gives a row of zeros. block_tables: int [slots, blocks].
+    """
+    return TritonPlan(DecodeSet(None, slots, context_lens), None, block_tables, block_size, slots.shape[0])
+
+
+def plan_attention_triton(
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    block_size: int,
+    position_bytes: int,
+    bounds: Bounds | None = None,
+) -> TritonPlan:
+    """Prepares the arguments that every layer shares; waits for the device where `bounds` are not given."""
+    del position_bytes
+    check_batch(query_starts, context_lens, block_tables, block_size)
+    bounds = bounds or sequence_bounds(query_starts, context_lens, block_tables.shape[1] * block_size)
+    singles, tiles = [], []
+    for sequence, (start, end, context) in enumerate(bounds):
+        if end - start == 1:
+            singles.append((start, sequence, context))
+        else:
+            first = context - (end - start)
+            tiles += [
+                (row, min(_TILE_ROWS, end - row), sequence, first + row - start)
+                for row in range(start, end, _TILE_ROWS)
+            ]
+    tiles.sort(key=lambda tile: -tile[3])  # the longest first, so that none of them is left for the end
+    device = block_tables.device
+    decodes = None
+    if singles:
+        tokens, sequences, contexts = _upload(singles, 3, device).unbind(1)
+        decodes = DecodeSet(tokens, sequences, contexts)
+    return TritonPlan(
+        decodes,
+        _upload(tiles, 4, device) if tiles else None,
+        block_tables,
+        block_size,
+        bounds[-1][1] if bounds else 0,
+    )
+
+
+def _upload(rows: Sequence[tuple[int, ...]], width: int, device: torch.device) -> Tensor:
+    table = torch.from_numpy(np.array(rows, dtype=np.int32).reshape(-1, width))
+    return table.to(device, non_blocking=True)
+
+
+def paged_attention_triton(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan, *, scale: float
+) -> Tensor:
+    """Reads the cache where it lies; products of the dtype, sums in float32, rounded once."""
+    check_inputs(q, key_cache, value_cache, num_tokens=plan.num_tokens, block_size=plan.block_size)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if plan.tiles is not None:
+        _prefill(q, key_cache, value_cache, plan, out, scale)
+    if plan.decodes is not None:
+        _decode(q, key_cache, value_cache, plan, out, scale)
+    return out
+
+
+_TILE_ROWS = 128
+_TILE_POSITIONS = 64
+
+
+def _prefill(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan, out: Tensor, scale: float) -> None:
+    assert plan.tiles is not None
+    _, heads, head_dim = q.shape
+    kv_heads = key_cache.shape[2]
+    wide = triton.next_power_of_2(max(16, head_dim))
+    exact = q.dtype == torch.float32
+    _prefill_kernel[(heads, plan.tiles.shape[0])](
+        q,
+        key_cache,
+        value_cache,
+        out,
+        plan.tiles,
+        plan.block_tables,
+        plan.block_tables.stride(0),
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        scale * _LOG2_E,
+        heads // kv_heads,
+        kv_heads=kv_heads,
+        block_size=plan.block_size,
+        head_dim=head_dim,
+        wide=wide,
+        rows=_TILE_ROWS if not exact and wide <= 128 else 64,
+        tile_rows=_TILE_ROWS,
+        positions=_TILE_POSITIONS if not exact and wide <= 128 else 32,
+        precision="ieee" if exact else "tf32",
+        num_warps=8 if not exact and wide <= 128 else 4,
+        num_stages=2 if exact or wide > 128 else 3,
+    )
+
+
+@triton.jit
+def _prefill_kernel(
+    q,
+    key_cache,
+    value_cache,
+    out,
+    tiles,
+    block_tables,
+    table_stride,
+    q_stride,
+    q_head_stride,
+    out_stride,
+    scale,
+    group,
+    kv_heads: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    wide: tl.constexpr,
+    rows: tl.constexpr,
+    tile_rows: tl.constexpr,
+    positions: tl.constexpr,
+    precision: tl.constexpr,
+):
+    head = tl.program_id(0)
+    tile = tiles + tl.program_id(1) * 4
+    first_row, num_rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
+    table = block_tables + tl.load(tile + 2).to(tl.int64) * table_stride
+    first_position = tl.load(tile + 3)
+    columns = tl.arange(0, wide)
+    in_head = columns < head_dim
+    head_offset = (head // group) * head_dim
+    for part in tl.static_range(tile_rows // rows):
+        row = part * rows + tl.arange(0, rows)
+        row_mask = (row < num_rows)[:, None] & in_head[None, :]
+        q_rows = q + (first_row + row)[:, None] * q_stride + head * q_head_stride + columns[None, :]
+        queries = tl.load(q_rows, mask=row_mask, other=0.0)
+        best = tl.full((rows,), float("-inf"), tl.float32)
+        weight = tl.zeros((rows,), tl.float32)
+        acc = tl.zeros((rows, wide), tl.float32)
+        last = first_position + tl.minimum(part * rows + rows, num_rows)
+        if part * rows >= num_rows:
+            last = 0
+        # Up to `whole` every row sees every position, so that there is nothing to mask.
+        whole = (first_position + part * rows + 1) // positions * positions
+        whole = tl.minimum(whole, last // positions * positions)
+        for start in range(0, whole, positions):
+            position = start + tl.arange(0, positions)
+            block = tl.load(table + position // block_size).to(tl.int64)
+            place = (block * block_size + position % block_size) * (kv_heads * head_dim) + head_offset
+            offsets = place[:, None] + columns[None, :]
+            keys = tl.load(key_cache + offsets, mask=in_head[None, :], other=0.0)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=precision) * scale
+            new_best = tl.maximum(best, tl.max(scores, 1))
+            shrink = tl.exp2(best - new_best)
+            shares = tl.exp2(scores - new_best[:, None])
+            values = tl.load(value_cache + offsets, mask=in_head[None, :], other=0.0)
+            weight = weight * shrink + tl.sum(shares, 1)
+            acc = acc * shrink[:, None]
+            acc = tl.dot(shares.to(values.dtype), values, acc, input_precision=precision)
+            best = new_best
+        for start in range(whole, last, positions):
+            position = start + tl.arange(0, positions)
+            inside = position < last
+            block = tl.load(table + position // block_size, mask=inside, other=0).to(tl.int64)
+            place = (block * block_size + position % block_size) * (kv_heads * head_dim) + head_offset
+            offsets = place[:, None] + columns[None, :]
+            kv_mask = inside[:, None] & in_head[None, :]
+            keys = tl.load(key_cache + offsets, mask=kv_mask, other=0.0)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=precision) * scale
+            seen = position[None, :] <= (first_position + row)[:, None]
+            scores = tl.where(seen & inside[None, :], scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, 1))
+            shrink = tl.exp2(best - new_best)
+            shares = tl.exp2(scores - new_best[:, None])
+            values = tl.load(value_cache + offsets, mask=kv_mask, other=0.0)
+            weight = weight * shrink + tl.sum(shares, 1)
+            acc = acc * shrink[:, None]
+            acc = tl.dot(shares.to(values.dtype), values, acc, input_precision=precision)
+            best = new_best
+        result = acc / weight[:, None]
+        out_rows = out + (first_row + row)[:, None] * out_stride + head * head_dim + columns[None, :]
+        tl.store(out_rows, result.to(out.dtype.element_ty), mask=row_mask)
+
+
+def _decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan, out: Tensor, scale: float) -> None:
+    decodes = plan.decodes
+    assert decodes is not None
+    _, heads, head_dim = q.shape
+    kv_heads, num_seqs = key_cache.shape[2], decodes.contexts.shape[0]
+    group = heads // kv_heads
+    wide = triton.next_power_of_2(max(16, head_dim))
+    parts = num_parts(num_seqs * kv_heads)
+    partial = out
+    if parts > 1:
+        partial = torch.empty((num_seqs, heads, parts, head_dim + 2), dtype=torch.float32, device=q.device)
+    exact = q.dtype == torch.float32
+    _decode_kernel[(kv_heads, num_seqs, parts)](
+        q,
+        key_cache,
+        value_cache,
+        partial,
+        decodes.contexts if decodes.tokens is None else decodes.tokens,
+        decodes.sequences,
+        decodes.contexts,
+        plan.block_tables,
+        plan.block_tables.stride(0),
+        1 if decodes.tokens is None else decodes.tokens.stride(0),
+        decodes.sequences.stride(0),
+        decodes.contexts.stride(0),
+        q.stride(0),
+        q.stride(1),
+        scale * _LOG2_E,
+        first_rows=decodes.tokens is None,
+        kv_heads=kv_heads,
+        group=group,
+        group_wide=1 if group == 1 else max(16, triton.next_power_of_2(group)),
+        parts=parts,
+        block_size=plan.block_size,
+        head_dim=head_dim,
+        wide=wide,
+        positions=32 if exact or wide > 128 else 64,
+        precision="ieee" if exact else "tf32",
+        num_warps=4,
+        num_stages=2,
+    )
+    if parts > 1:
+        _join_kernel[(heads, num_seqs)](
+            partial,
+            out,
+            decodes.contexts if decodes.tokens is None else decodes.tokens,
+            1 if decodes.tokens is None else decodes.tokens.stride(0),
+            first_rows=decodes.tokens is None,
+            heads=heads,
+            parts=parts,
+            parts_wide=triton.next_power_of_2(parts),
+            head_dim=head_dim,
+            wide=wide,
+            num_warps=2,
+        )
+
+
+def num_parts(num_programs: int) -> int:
+    """Parts that the positions of each sequence are cut into, by the programs that there are without."""
+    return max(1, min(_MAX_PARTS, _WANTED_PROGRAMS // max(1, num_programs)))
+
+
+@triton.jit
+def _decode_kernel(
+    q,
+    key_cache,
+    value_cache,
+    out,
+    tokens,
+    sequences,
+    contexts,
+    block_tables,
+    table_stride,
+    token_step,
+    sequence_step,
+    context_step,
+    q_stride,
+    q_head_stride,
+    scale,
+    first_rows: tl.constexpr,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    group_wide: tl.constexpr,
+    parts: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    wide: tl.constexpr,
+    positions: tl.constexpr,
+    precision: tl.constexpr,
+):
+    kv_head, index, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context = tl.load(contexts + index * context_step).to(tl.int32)
+    table = block_tables + tl.load(sequences + index * sequence_step).to(tl.int64) * table_stride
+    row = index.to(tl.int64) if first_rows else tl.load(tokens + index * token_step).to(tl.int64)
+    columns = tl.arange(0, wide)
+    in_head = columns < head_dim
+    head = kv_head * group + tl.arange(0, group_wide)
+    head_mask = (tl.arange(0, group_wide) < group)[:, None] & in_head[None, :]
+    queries = tl.load(q + row * q_stride + head[:, None] * q_head_stride + columns[None, :], mask=head_mask, other=0.0)
+    size = tl.cdiv(tl.cdiv(context, parts), positions) * positions
+    begin = part * size
+    end = tl.minimum(begin + size, context)
+    best = tl.full((group_wide,), float("-inf"), tl.float32)
+    weight = tl.zeros((group_wide,), tl.float32)
+    acc = tl.zeros((group_wide, wide), tl.float32)
+    for start in range(begin, end, positions):
+        position = start + tl.arange(0, positions)
+        inside = position < end
+        block = tl.load(table + position // block_size, mask=inside, other=0).to(tl.int64)
+        place = (block * block_size + position % block_size) * (kv_heads * head_dim) + kv_head * head_dim
+        offsets = place[:, None] + columns[None, :]
+        kv_mask = inside[:, None] & in_head[None, :]
+        keys = tl.load(key_cache + offsets, mask=kv_mask, other=0.0)
+        values = tl.load(value_cache + offsets, mask=kv_mask, other=0.0)
+        if group_wide == 1:
+            # A product of one row: the matrix units would compute sixteen.
+            scores = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[None, :] * scale
+        else:
+            scores = tl.dot(queries, tl.trans(keys), input_precision=precision) * scale
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        shrink = tl.exp2(best - new_best)
+        shares = tl.exp2(scores - new_best[:, None])
+        weight = weight * shrink + tl.sum(shares, 1)
+        acc = acc * shrink[:, None]
+        if group_wide == 1:
+            acc += tl.sum(tl.trans(shares) * values.to(tl.float32), 0)[None, :]
+        else:
+            acc = tl.dot(shares.to(values.dtype), values, acc, input_precision=precision)
+        best = new_best
+    if parts == 1:
+        result = acc / tl.where(weight > 0, weight, 1.0)[:, None]
+        place = row * (kv_heads * group * head_dim) + head[:, None] * head_dim + columns[None, :]
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=head_mask)
+    else:
+        place = ((index.to(tl.int64) * (kv_heads * group) + head) * parts + part) * (head_dim + 2)
+        in_group = tl.arange(0, group_wide) < group
+        tl.store(out + place[:, None] + columns[None, :], acc, mask=head_mask)
+        tl.store(out + place + head_dim, best, mask=in_group)
+        tl.store(out + place + head_dim + 1, weight, mask=in_group)
+
+
+@triton.jit
+def _join_kernel(
+    partial,
+    out,
+    tokens,
+    token_step,
+    first_rows: tl.constexpr,
+    heads: tl.constexpr,
+    parts: tl.constexpr,
+    parts_wide: tl.constexpr,
+    head_dim: tl.constexpr,
+    wide: tl.constexpr,
+):
+    head, index = tl.program_id(0), tl.program_id(1)
+    row = index.to(tl.int64) if first_rows else tl.load(tokens + index * token_step).to(tl.int64)
+    part = tl.arange(0, parts_wide)
+    columns = tl.arange(0, wide)
+    in_head = columns < head_dim
+    place = ((index.to(tl.int64) * heads + head) * parts + part) * (head_dim + 2)
+    exists = part < parts
+    best = tl.load(partial + place + head_dim, mask=exists, other=float("-inf"))
+    weight = tl.load(partial + place + head_dim + 1, mask=exists, other=0.0)
+    acc = tl.load(
+        partial + place[:, None] + columns[None, :], mask=exists[:, None] & in_head[None, :], other=0.0
+    )
+    highest = tl.max(best, 0)
+    # A row without positions has no highest score, and its parts weigh nothing.
+    factor = tl.where(weight > 0, tl.exp2(best - highest), 0.0)
+    total = tl.sum(weight * factor, 0)
+    result = tl.sum(acc * factor[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(
+        out + row * (heads * head_dim) + head * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head
+    )
