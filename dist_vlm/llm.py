@@ -12,15 +12,21 @@ from tqdm import tqdm
 from dist_vlm.config import EngineConfig, resolve
 from dist_vlm.engine.arg_utils import engine_config
 from dist_vlm.engine.chat import ChatOptions
+from dist_vlm.engine.core import EngineCore
 from dist_vlm.engine.front import Front, load_front
 from dist_vlm.engine.jobs import is_batch, jobs_of, one_source
 from dist_vlm.engine.make_core import make_core
 from dist_vlm.engine.offline_loop import OfflineLoop
 from dist_vlm.executor.base import Executor, ExecutorInfo
 from dist_vlm.inputs import PromptInputs
+from dist_vlm.machine import usable_cores
 from dist_vlm.outputs import RequestOutput
 from dist_vlm.sampling import SamplingParams
 from dist_vlm.sched.scheduler import SchedulerStats
+
+# Threads that prepare pictures. Each makes a hundred a second, nearly all of it outside Python's lock; more would only
+# keep the step loop from that lock.
+_MAX_PREPARERS = 4
 
 
 class LLM:
@@ -98,18 +104,23 @@ class LLM:
             raise ValueError("engine_process = True: an LLM runs the step loop in its caller's thread; use AsyncLLM")
         self.config = config
         self._core = make_core(config, executor)
-        self._finalizer = weakref.finalize(self, self._core.shutdown)
+        preparers = ThreadPoolExecutor(min(_MAX_PREPARERS, usable_cores()), thread_name_prefix="prepare")
+        self._finalizer = weakref.finalize(self, _end, self._core, preparers)
         # The tokenizer and the image processor load while the ranks start.
-        with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(load_front, config, serves_logits_processors=self._core.serves_logits_processors)
-            try:
-                self.executor_info: ExecutorInfo = self._core.start()
-                self._front: Front = loading.result()
-            except BaseException:
-                self.shutdown()
-                raise
+        serves_processors = self._core.serves_logits_processors
+        loading = preparers.submit(load_front, config, serves_logits_processors=serves_processors)
+        try:
+            self.executor_info: ExecutorInfo = self._core.start()
+            self._front: Front = loading.result()
+        except BaseException:
+            self.shutdown()
+            raise
         self._loop = OfflineLoop(
-            self._core, self._front, max_num_seqs=config.scheduler.max_num_seqs, ending=self._finalizer
+            self._core,
+            self._front,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            preparers=preparers,
+            ending=self._finalizer,
         )
 
     # ---------------------------------------------------------------- public
@@ -159,6 +170,7 @@ class LLM:
 
         prompts: one, or any iterable of them, from which no more are drawn than the engine can take in; the others
             wait. So may be sampling_params and priority, one for each prompt. Request ids count up in that order.
+            A prompt's pictures must not be changed before there is news of it.
 
         Leaving the iteration early aborts what has not ended.
         """
@@ -209,3 +221,8 @@ class LLM:
 
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
+
+
+def _end(core: EngineCore, preparers: ThreadPoolExecutor) -> None:
+    preparers.shutdown(wait=False, cancel_futures=True)
+    core.shutdown()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_vlm.kernels import (
     cpp_library,
     full_attention,
+    linear,
     paged_attention,
     quick_gelu,
     reduce_add_norm,
@@ -24,15 +25,18 @@ from dist_vlm.kernels.triton_support import triton_found, triton_interpreted
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeOps:
-    """What decode steps need beside an `OpSet`, so that nothing in them waits for the device.
+class RecordedOps:
+    """What recorded steps need beside an `OpSet`: nothing in them reads from the host.
 
-    plan: `plan_attention` for a batch of slots. inputs: what a step knows of its rows, from what the device keeps of
-    their slots. greedy: the likeliest token of each row of logits, and whether the row is finite.
+    plan_decode, plan_tiles: `plan_attention` for single tokens, and for pieces of slots that `cut_tiles` has cut on the
+    host. decode_inputs: what a decode step knows of its rows, from what the device keeps of their slots. greedy: the
+    likeliest token of each row of logits, and whether the row is finite.
     """
 
-    plan: Callable[..., Any]
-    inputs: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    plan_decode: Callable[..., Any]
+    plan_tiles: Callable[..., Any]
+    cut_tiles: Callable[..., Sequence[tuple[int, int, int, int]]]
+    decode_inputs: Callable[..., tuple[Tensor, Tensor, Tensor]]
     greedy: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -42,18 +46,19 @@ class OpSet:
 
     plan_attention: computes, once a forward, what `paged_attention` needs of the batch in every layer.
     workspace_bytes: most that an op of a forward allocates beside its results.
-    decode: None where the ops cannot be recorded.
+    recorded: None where the ops cannot be recorded.
     """
 
     plan_attention: Callable[..., Any]
     paged_attention: Callable[..., Tensor]
     rotary_write_kv: Callable[..., Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     silu_mul: Callable[..., Tensor]
     quick_gelu: Callable[[Tensor], Tensor]
     full_attention: Callable[..., Tensor]
     reduce_add_norm: Callable[..., tuple[Tensor, Tensor]]
     workspace_bytes: int
-    decode: DecodeOps | None = None
+    recorded: RecordedOps | None = None
 
     @property
     def names(self) -> dict[str, str]:
@@ -67,6 +72,7 @@ IMPLEMENTATIONS = {
         plan_attention=paged_attention.plan_attention_reference,
         paged_attention=paged_attention.paged_attention_reference,
         rotary_write_kv=rotary_write_kv.rotary_write_kv_reference,
+        linear=linear.linear,
         silu_mul=silu_mul.silu_mul_reference,
         quick_gelu=quick_gelu.quick_gelu_reference,
         full_attention=full_attention.full_attention_reference,
@@ -77,6 +83,7 @@ IMPLEMENTATIONS = {
         plan_attention=paged_attention.plan_attention_torch,
         paged_attention=paged_attention.paged_attention_torch,
         rotary_write_kv=rotary_write_kv.rotary_write_kv_torch,
+        linear=linear.linear,
         silu_mul=silu_mul.silu_mul_torch,
         quick_gelu=quick_gelu.quick_gelu_torch,
         full_attention=full_attention.full_attention_torch,
@@ -87,6 +94,7 @@ IMPLEMENTATIONS = {
         plan_attention=paged_attention.plan_attention_cpp,
         paged_attention=paged_attention.paged_attention_cpp,
         rotary_write_kv=rotary_write_kv.rotary_write_kv_cpp,
+        linear=linear.linear,
         silu_mul=silu_mul.silu_mul_cpp,
         quick_gelu=quick_gelu.quick_gelu_cpp,
         full_attention=full_attention.full_attention_cpp,
@@ -134,6 +142,7 @@ def _triton_ops() -> OpSet:
     from dist_vlm.kernels import (
         decode_inputs_triton,
         greedy_triton,
+        linear_triton,
         paged_attention_triton,
         quick_gelu_triton,
         reduce_add_norm_triton,
@@ -145,14 +154,18 @@ def _triton_ops() -> OpSet:
         plan_attention=paged_attention_triton.plan_attention_triton,
         paged_attention=paged_attention_triton.paged_attention_triton,
         rotary_write_kv=rotary_write_kv_triton.rotary_write_kv_triton,
+        # Interpreted, one row's product with a vocabulary takes most of a minute.
+        linear=linear.linear if triton_interpreted() else linear_triton.linear_triton,
         silu_mul=silu_mul_triton.silu_mul_triton,
         quick_gelu=quick_gelu_triton.quick_gelu_triton,
         full_attention=full_attention.full_attention_torch,
         reduce_add_norm=reduce_add_norm_triton.reduce_add_norm_triton,
         workspace_bytes=paged_attention_triton.TRITON_WORKSPACE_BYTES,
-        decode=DecodeOps(
-            plan=paged_attention_triton.plan_decode_triton,
-            inputs=decode_inputs_triton.decode_inputs_triton,
+        recorded=RecordedOps(
+            plan_decode=paged_attention_triton.plan_decode_triton,
+            plan_tiles=paged_attention_triton.plan_tiles_triton,
+            cut_tiles=paged_attention_triton.cut_tiles,
+            decode_inputs=decode_inputs_triton.decode_inputs_triton,
             greedy=greedy_triton.greedy_triton,
         ),
     )

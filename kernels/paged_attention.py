@@ -8,8 +8,8 @@ block_tables[s, p // block_size], offset p % block_size. For local token j, quer
 
 q: [T, heads, D], any strides with a dense last axis; key_cache, value_cache: [num_blocks, block_size, kv_heads, D],
 contiguous, of q's dtype; heads a multiple of kv_heads -> [T, heads, D]. The softmax is taken in float32.
-What depends on the batch alone is computed once a forward by `plan_...` and used by every layer. It takes `bounds` where
-the caller knows them: to read them from a GPU is to wait for it.
+What depends on the batch alone is computed once a forward by `plan_...` and used by every layer. It takes `bounds`
+where the caller knows them: to read them from a GPU is to wait for it.
 Vaswani et al., 2017; grouped heads: Ainslie et al., 2023; block tables: Kwon et al., 2023.
 """
 

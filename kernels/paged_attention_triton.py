@@ -1,4 +1,4 @@
-"""`paged_attention` in Triton: one kernel for sequences with one token, one for those with several.
+"""`paged_attention` in Triton: kernels for sequences with one token, with and without grouped heads, and for several.
 
 A decoding sequence's positions are split into parts that run at the same time where the batch alone would leave the
 GPU idle; a second kernel joins them. Prefill chunks are cut into tiles of queries, each a program a head.
@@ -60,6 +60,14 @@ def plan_decode_triton(slots: Tensor, context_lens: Tensor, block_tables: Tensor
     return TritonPlan(DecodeSet(None, slots, context_lens), None, block_tables, block_size, slots.shape[0])
 
 
+def plan_tiles_triton(tiles: Tensor, num_tokens: int, block_tables: Tensor, *, block_size: int) -> TritonPlan:
+    """For tiles of pieces of slots, some of which may have no rows. Reads nothing on the host.
+
+    tiles: int32 [P, 4], see `cut_tiles`. block_tables: int [slots, blocks].
+    """
+    return TritonPlan(None, tiles, block_tables, block_size, num_tokens)
+
+
 def plan_attention_triton(
     query_starts: Tensor,
     context_lens: Tensor,
@@ -73,17 +81,13 @@ def plan_attention_triton(
     del position_bytes
     check_batch(query_starts, context_lens, block_tables, block_size)
     bounds = bounds or sequence_bounds(query_starts, context_lens, block_tables.shape[1] * block_size)
-    singles, tiles = [], []
+    singles, pieces = [], []
     for sequence, (start, end, context) in enumerate(bounds):
         if end - start == 1:
             singles.append((start, sequence, context))
         else:
-            first = context - (end - start)
-            tiles += [
-                (row, min(_TILE_ROWS, end - row), sequence, first + row - start)
-                for row in range(start, end, _TILE_ROWS)
-            ]
-    tiles.sort(key=lambda tile: -tile[3])  # the longest first, so that none of them is left for the end
+            pieces.append((start, end, context, sequence))
+    tiles = cut_tiles(pieces)
     device = block_tables.device
     decodes = None
     if singles:
@@ -96,6 +100,17 @@ def plan_attention_triton(
         block_size,
         bounds[-1][1] if bounds else 0,
     )
+
+
+def cut_tiles(pieces: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """See `TritonPlan.tiles`. pieces: first token, end token, context and row of the block table of each."""
+    tiles = [
+        (row, min(_TILE_ROWS, end - row), sequence, context - end + row)
+        for start, end, context, sequence in pieces
+        for row in range(start, end, _TILE_ROWS)
+    ]
+    tiles.sort(key=lambda tile: -tile[3])  # the longest first, so that none of them is left for the end
+    return tiles
 
 
 def _upload(rows: Sequence[tuple[int, ...]], width: int, device: torch.device) -> Tensor:
@@ -117,7 +132,7 @@ def paged_attention_triton(
 
 
 _TILE_ROWS = 128
-_TILE_POSITIONS = 64
+_TILE_POSITIONS = 32
 
 
 def _prefill(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan, out: Tensor, scale: float) -> None:
@@ -145,10 +160,10 @@ def _prefill(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan
         wide=wide,
         rows=_TILE_ROWS if not exact and wide <= 128 else 64,
         tile_rows=_TILE_ROWS,
-        positions=_TILE_POSITIONS if not exact and wide <= 128 else 32,
+        positions=_TILE_POSITIONS,
         precision="ieee" if exact else "tf32",
-        num_warps=8 if not exact and wide <= 128 else 4,
-        num_stages=2 if exact or wide > 128 else 3,
+        num_warps=4,
+        num_stages=2,
     )
 
 
@@ -178,6 +193,8 @@ def _prefill_kernel(
     head = tl.program_id(0)
     tile = tiles + tl.program_id(1) * 4
     first_row, num_rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)
+    if num_rows == 0:
+        return
     table = block_tables + tl.load(tile + 2).to(tl.int64) * table_stride
     first_position = tl.load(tile + 3)
     columns = tl.arange(0, wide)
@@ -248,7 +265,8 @@ def _decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan,
     if parts > 1:
         partial = torch.empty((num_seqs, heads, parts, head_dim + 2), dtype=torch.float32, device=q.device)
     exact = q.dtype == torch.float32
-    _decode_kernel[(kv_heads, num_seqs, parts)](
+    kernel = _decode_kernel if group == 1 else _decode_group_kernel
+    kernel[(kv_heads, num_seqs, parts)](
         q,
         key_cache,
         value_cache,
@@ -267,15 +285,15 @@ def _decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan,
         first_rows=decodes.tokens is None,
         kv_heads=kv_heads,
         group=group,
-        group_wide=1 if group == 1 else max(16, triton.next_power_of_2(group)),
+        group_wide=max(16, triton.next_power_of_2(group)),
         parts=parts,
         block_size=plan.block_size,
         head_dim=head_dim,
         wide=wide,
-        positions=32 if exact or wide > 128 else 64,
+        positions=16 if group == 1 else 32 if exact or wide > 128 else 64,
         precision="ieee" if exact else "tf32",
-        num_warps=4,
-        num_stages=2,
+        num_warps=2 if group == 1 else 4,
+        num_stages=3 if group == 1 else 2,
     )
     if parts > 1:
         _join_kernel[(heads, num_seqs)](
@@ -326,6 +344,81 @@ def _decode_kernel(
     positions: tl.constexpr,
     precision: tl.constexpr,
 ):
+    """One query head a KV head, which the matrix units would compute sixteen times. Each lane of `positions` has a
+    softmax of its own, so that lanes, which lie in different warps, wait for one another at the end alone."""
+    head, index, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context = tl.load(contexts + index * context_step).to(tl.int32)
+    table = block_tables + tl.load(sequences + index * sequence_step).to(tl.int64) * table_stride
+    row = index.to(tl.int64) if first_rows else tl.load(tokens + index * token_step).to(tl.int64)
+    columns = tl.arange(0, wide)
+    in_head = columns < head_dim
+    query = tl.load(q + row * q_stride + head * q_head_stride + columns, mask=in_head, other=0.0).to(tl.float32)
+    query *= scale
+    size = tl.cdiv(tl.cdiv(context, parts), positions) * positions
+    begin = part * size
+    end = tl.minimum(begin + size, context)
+    # Not minus infinity: the difference of two of them is no number.
+    best = tl.full((positions,), -1e30, tl.float32)
+    weight = tl.zeros((positions,), tl.float32)
+    acc = tl.zeros((positions, wide), tl.float32)
+    for start in range(begin, end, positions):
+        position = start + tl.arange(0, positions)
+        inside = position < end
+        block = tl.load(table + position // block_size, mask=inside, other=0).to(tl.int64)
+        place = (block * block_size + position % block_size) * (kv_heads * head_dim) + head * head_dim
+        offsets = place[:, None] + columns[None, :]
+        kv_mask = inside[:, None] & in_head[None, :]
+        keys = tl.load(key_cache + offsets, mask=kv_mask, other=0.0).to(tl.float32)
+        values = tl.load(value_cache + offsets, mask=kv_mask, other=0.0).to(tl.float32)
+        scores = tl.where(inside, tl.sum(query[None, :] * keys, 1), float("-inf"))
+        new_best = tl.maximum(best, scores)
+        shrink = tl.exp2(best - new_best)
+        shares = tl.exp2(scores - new_best)
+        weight = weight * shrink + shares
+        acc = acc * shrink[:, None] + shares[:, None] * values
+        best = new_best
+    highest = tl.max(best, 0)
+    factor = tl.exp2(best - highest)
+    total = tl.sum(weight * factor, 0)
+    result = tl.sum(acc * factor[:, None], 0)
+    if parts == 1:
+        result = result / tl.where(total == 0, 1.0, total)
+        tl.store(out + (row * kv_heads + head) * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
+    else:
+        place = ((index.to(tl.int64) * kv_heads + head) * parts + part) * (head_dim + 2)
+        tl.store(out + place + columns, result, mask=in_head)
+        tl.store(out + place + head_dim, highest)
+        tl.store(out + place + head_dim + 1, total)
+
+
+@triton.jit
+def _decode_group_kernel(
+    q,
+    key_cache,
+    value_cache,
+    out,
+    tokens,
+    sequences,
+    contexts,
+    block_tables,
+    table_stride,
+    token_step,
+    sequence_step,
+    context_step,
+    q_stride,
+    q_head_stride,
+    scale,
+    first_rows: tl.constexpr,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    group_wide: tl.constexpr,
+    parts: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    wide: tl.constexpr,
+    positions: tl.constexpr,
+    precision: tl.constexpr,
+):
     kv_head, index, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts + index * context_step).to(tl.int32)
     table = block_tables + tl.load(sequences + index * sequence_step).to(tl.int64) * table_stride
@@ -350,24 +443,16 @@ def _decode_kernel(
         kv_mask = inside[:, None] & in_head[None, :]
         keys = tl.load(key_cache + offsets, mask=kv_mask, other=0.0)
         values = tl.load(value_cache + offsets, mask=kv_mask, other=0.0)
-        if group_wide == 1:
-            # A product of one row: the matrix units would compute sixteen.
-            scores = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)[None, :] * scale
-        else:
-            scores = tl.dot(queries, tl.trans(keys), input_precision=precision) * scale
+        scores = tl.dot(queries, tl.trans(keys), input_precision=precision) * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
         shrink = tl.exp2(best - new_best)
         shares = tl.exp2(scores - new_best[:, None])
         weight = weight * shrink + tl.sum(shares, 1)
-        acc = acc * shrink[:, None]
-        if group_wide == 1:
-            acc += tl.sum(tl.trans(shares) * values.to(tl.float32), 0)[None, :]
-        else:
-            acc = tl.dot(shares.to(values.dtype), values, acc, input_precision=precision)
+        acc = tl.dot(shares.to(values.dtype), values, acc * shrink[:, None], input_precision=precision)
         best = new_best
     if parts == 1:
-        result = acc / tl.where(weight > 0, weight, 1.0)[:, None]
+        result = acc / tl.where(weight == 0, 1.0, weight)[:, None]
         place = row * (kv_heads * group * head_dim) + head[:, None] * head_dim + columns[None, :]
         tl.store(out + place, result.to(out.dtype.element_ty), mask=head_mask)
     else:
@@ -400,14 +485,10 @@ def _join_kernel(
     exists = part < parts
     best = tl.load(partial + place + head_dim, mask=exists, other=float("-inf"))
     weight = tl.load(partial + place + head_dim + 1, mask=exists, other=0.0)
-    acc = tl.load(
-        partial + place[:, None] + columns[None, :], mask=exists[:, None] & in_head[None, :], other=0.0
-    )
+    acc = tl.load(partial + place[:, None] + columns[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
     highest = tl.max(best, 0)
     # A row without positions has no highest score, and its parts weigh nothing.
-    factor = tl.where(weight > 0, tl.exp2(best - highest), 0.0)
+    factor = tl.where(weight == 0, 0.0, tl.exp2(best - highest))
     total = tl.sum(weight * factor, 0)
-    result = tl.sum(acc * factor[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(
-        out + row * (heads * head_dim) + head * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head
-    )
+    result = tl.sum(acc * factor[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(out + row * (heads * head_dim) + head * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)

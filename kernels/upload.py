@@ -18,3 +18,9 @@ def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> T
     Work enqueued later sees it; work enqueued before goes on. Lists take a fifth of the time through numpy.
     """
     return torch.from_numpy(np.array(values, dtype=_NUMPY[dtype])).to(device, non_blocking=True)
+
+
+def refill(target: Tensor, values: np.ndarray) -> None:
+    """Copies host values into a dense tensor of their dtype and shape, without waiting for the device."""
+    host = torch.from_numpy(values)
+    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)

@@ -61,8 +61,11 @@ def _torch_cuda_devices() -> int | None:
 
 def _kernels() -> dict[str, dict[str, str]]:
     """Implementation -> op -> the function that a rank would run."""
-    choice = importlib.import_module("dist_vlm.kernels.choice")
-    return {name: ops.names for name, ops in choice.IMPLEMENTATIONS.items()}
+    choice, torch = importlib.import_module("dist_vlm.kernels.choice"), importlib.import_module("torch")
+    found = {name: ops.names for name, ops in choice.IMPLEMENTATIONS.items()}
+    if torch.cuda.is_available() and "triton" in choice.allowed_names("cuda"):
+        found["triton"] = choice.choose("triton", "cuda").names
+    return found
 
 
 def _as_lines(facts: dict[str, Any], indent: str = "") -> str:

@@ -195,10 +195,10 @@ def test_what_nobody_foresaw_fails_its_request_alone(fake_llm, monkeypatch, capl
     llm = fake_llm()
     prepare = llm._front.processor.process
 
-    def fail_some(request_id, inputs, params, *, priority):
+    def fail_some(request_id, inputs, params, *, priority, helpers):
         if inputs == "bad":
             raise MemoryError("secret address 0x7f00")
-        return prepare(request_id, inputs, params, priority=priority)
+        return prepare(request_id, inputs, params, priority=priority, helpers=helpers)
 
     monkeypatch.setattr(llm._front.processor, "process", fail_some)
     bad, good = llm.generate(["bad", "good"], GREEDY, use_tqdm=False)

@@ -26,6 +26,8 @@ class Batch:
     bounds: of each sequence its first token, end token and context, on the host; None where only the device knows.
     decode_slots: int64 [S], where each sequence has one token, and S no bounds: rows of `block_tables`, which are
         then those of all slots. A context of 0 means that the row is computed for nothing.
+    tiles: int32 [P, 4], where the sequences are pieces of slots that were cut on the host, and S no bounds; see
+        `RecordedOps.cut_tiles`.
     """
 
     token_ids: torch.Tensor
@@ -40,3 +42,4 @@ class Batch:
     image_features: torch.Tensor
     bounds: Sequence[tuple[int, int, int]] | None
     decode_slots: torch.Tensor | None = None
+    tiles: torch.Tensor | None = None

@@ -15,14 +15,15 @@ def run_beside(helpers: Executor | None, tasks: Sequence[Callable[[], Any]]) -> 
 
     Raises what the first that fails does; others may still be running then.
     """
-    if helpers is None:
+    if helpers is None or not tasks:
         return [task() for task in tasks]
     futures = [helpers.submit(task) for task in tasks[1:]]
     try:
-        done = [task() for task in tasks[:1]]
-        for task, future in zip(tasks[1:], futures, strict=True):
-            done.append(task() if future.cancel() else future.result())
-        return done
+        done = {0: tasks[0]()}
+        for place, future in enumerate(futures, start=1):
+            if future.cancel():
+                done[place] = tasks[place]()
+        return [done[place] if place in done else futures[place - 1].result() for place in range(len(tasks))]
     finally:
         for future in futures:
             future.cancel()

@@ -35,6 +35,7 @@ class Computed:
 
     tokens: int64 [R], one for each slice that samples.
     status: float32 [slices, failures], above zero where a slice failed for that reason on any rank.
+    rows: where not every one of `tokens` is meant, those that are.
     logprobs: slots and the log probabilities of the tokens they sampled. prompt_logprobs: of prompt tokens, in parts.
     """
 
@@ -42,6 +43,7 @@ class Computed:
     status: Tensor
     logprobs: tuple[tuple[int, ...], PendingLogprobs] | None
     prompt_logprobs: Sequence[tuple[PromptRows, Sequence[PendingLogprobs]]]
+    rows: Sequence[int] | None = None
 
     def to_host(self) -> Computed:
         """Enqueues the copy of everything to the host."""
@@ -95,7 +97,10 @@ class LaunchedStep:
         if self._computed.logprobs is not None:
             asked, pending = self._computed.logprobs
             logprobs = dict(zip(asked, pending.read(), strict=True))
-        for slot, token in zip(slots, self._computed.tokens.tolist(), strict=True):
+        tokens = self._computed.tokens.tolist()
+        if self._computed.rows is not None:
+            tokens = [tokens[row] for row in self._computed.rows]
+        for slot, token in zip(slots, tokens, strict=True):
             if slot in failures:
                 continue
             sampled.append(SampledTokens(slot, (token,), (logprobs[slot],) if slot in logprobs else ()))

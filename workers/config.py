@@ -21,7 +21,7 @@ class RankConfig:
     gpu_memory_utilization: share of a GPU's memory that all allocations together may take.
     kv_cache_bytes: size of this rank's KV cache; None lets a GPU rank compute it from its memory.
     num_threads: threads that torch may use on a CPU; 0 leaves torch's own choice.
-    kernels: "reference" or "torch".
+    kernels: "reference", "torch", "cpp" or "triton".
     share_gpu: whether several ranks share one GPU; their collectives then go through gloo.
     seed: seeds the weights of `load_format` "dummy".
     feature_cache_tokens: most feature rows of encoded images this rank holds at once.

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_vlm.kernels.choice import DecodeOps
+from dist_vlm.kernels.choice import RecordedOps
+from dist_vlm.kernels.upload import refill
 from dist_vlm.workers.batch import Batch
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.computed import NOT_FINITE, SLOT_FAILURES, Computed
@@ -36,10 +37,10 @@ class Decoded:
         """int64 [R, failures]."""
         return self.table[1:, : self.logits.shape[0]].T
 
-    def to_host(self) -> Computed:
-        """Enqueues the copy of all but the logits, as one."""
+    def to_host(self, rows: Sequence[int]) -> Computed:
+        """Enqueues the copy of all but the logits, as one. rows: those that are sampled."""
         host = self.table.to("cpu", non_blocking=True)[:, : self.logits.shape[0]]
-        return Computed(host[0], host[1:].T, None, ())
+        return Computed(host[0], host[1:].T, None, (), rows)
 
 
 def recorded_sizes(max_num_seqs: int) -> list[int]:
@@ -55,7 +56,7 @@ class Decoder:
         self,
         language: LanguageModel,
         *,
-        ops: DecodeOps,
+        ops: RecordedOps,
         slots: SlotTable,
         kv_cache: KVCache,
         comm: Communicator,
@@ -97,8 +98,7 @@ class Decoder:
         for row, piece in enumerate(slices):
             length = max(self._slots.sequence(piece.slot).num_prompt_tokens, piece.start + 1)
             inputs[:, row] = piece.slot, piece.start, length
-        host = torch.from_numpy(inputs)
-        self._inputs[size].copy_(host.pin_memory() if self._device.type == "cuda" else host, non_blocking=True)
+        refill(self._inputs[size], inputs)
         table = self._recordings[size].replay()
         if self._device.type == "cuda":  # a replay makes calls that nobody counts
             self._comm.count.all_reduce += self._num_collectives[0]
@@ -108,7 +108,7 @@ class Decoder:
     def _step(self, size: int) -> Tensor:
         """int64 [1 + failures, size]: the likeliest tokens, and the status."""
         slots, positions, lengths = self._inputs[size]
-        tokens, mapping, contexts = self._ops.inputs(
+        tokens, mapping, contexts = self._ops.decode_inputs(
             slots, positions, self._slots.all_token_ids, self._slots.block_tables, block_size=self._slots.block_size
         )
         batch = Batch(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from dist_vlm.workers.coded_pixels import decode_pixels
 from dist_vlm.workers.models.family import VisionModel
 
 _log = logging.getLogger(__name__)
@@ -24,8 +25,8 @@ FAILURE_REASONS = (NOT_ENCODED, NO_MEMORY, NOT_FINITE)
 class StagedImage:
     """An image to encode.
 
-    kind: "pixel_values" or "image_features", the stage at which it enters.
-    array: [1, ...], of numbers that float32 holds. Read only, and shared with other ranks.
+    kind: "coded_pixels", "pixel_values" or "image_features", the stage at which it enters.
+    array: [1, ...], bytes of coded pixels, or numbers that float32 holds. Read only, and shared with other ranks.
     """
 
     key: str
@@ -112,19 +113,23 @@ class ImageEncoder:
         return None
 
     def _forward(self, run: list[StagedImage]) -> torch.Tensor:
-        batch = self._to_device([image.array for image in run])
+        kind, arrays = run[0].kind, [image.array for image in run]
+        if kind == "coded_pixels":
+            batch = decode_pixels(self._to_device(arrays, torch.uint8)).to(self.dtype)
+        else:
+            batch = self._to_device(arrays, torch.float32).to(self.dtype)
         # torch lets cuDNN round a float32 convolution's operands to TF32; asked for float32, we mean it.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=self.dtype != torch.float32):
-            if run[0].kind == "pixel_values":
-                return self.vision.encode_pixels(batch)
-            return self.vision.project_features(batch)
+            if kind == "image_features":
+                return self.vision.project_features(batch)
+            return self.vision.encode_pixels(batch)
 
-    def _to_device(self, arrays: list[np.ndarray]) -> torch.Tensor:
+    def _to_device(self, arrays: list[np.ndarray], dtype: torch.dtype) -> torch.Tensor:
         """One copy into memory of our own, pinned where a GPU reads it while the host goes on."""
         shape = (len(arrays), *arrays[0].shape[1:])
-        host = torch.empty(shape, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        host = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
         np.concatenate(arrays, out=host.numpy(), casting="same_kind")
-        return host.to(self.device, non_blocking=True).to(self.dtype)
+        return host.to(self.device, non_blocking=True)
 
     def _fail_what_is_not_finite(self, done: Encoded) -> None:
         """For all images at once: on a GPU the host waits here and nowhere before."""

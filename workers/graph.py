@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -16,7 +16,7 @@ class Recording(Generic[T]):
     pool: memory that recordings share which never run at the same time; None for memory of its own.
     """
 
-    def __init__(self, work: Callable[[], T], *, device: torch.device, pool: object | None = None) -> None:
+    def __init__(self, work: Callable[[], T], *, device: torch.device, pool: Any = None) -> None:
         self._work = work
         self._graph: torch.cuda.CUDAGraph | None = None
         self.result = work()  # compiles, and lets libraries allocate what a recording may not

@@ -7,7 +7,7 @@ part of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,14 +19,17 @@ from dist_vlm.kernels.linear import can_pack, linear, pack
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.weights import WeightSource
 
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a layer's parameters live: on which rank, in which dtype, on which device."""
+    """Where a layer's parameters live: on which rank, in which dtype, on which device; and the op that multiplies."""
 
     comm: Communicator
     dtype: torch.dtype
     device: torch.device
+    linear: Linear = linear
 
     def empty(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
@@ -87,9 +90,10 @@ class ColumnParallelLinear(nn.Module):
         rows = sum(section.count for section in self.sections)
         self.weight = place.empty(rows, in_features)
         self.bias = place.empty(rows) if bias else None
+        self._linear = place.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self._linear(x, self.weight, self.bias)
 
     def load(self, source: WeightSource, names: Sequence[str]) -> None:
         start = 0
@@ -115,9 +119,10 @@ class RowParallelLinear(nn.Module):
         self.weight = place.empty(out_features, section.count)
         self.bias = place.empty(out_features) if bias and place.comm.rank == 0 else None
         self._has_bias = bias
+        self._linear = place.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self._linear(x, self.weight, self.bias)
 
     def load(self, source: WeightSource, names: Sequence[str]) -> None:
         (name,) = names
@@ -166,10 +171,11 @@ class ParallelHead(nn.Module):
         super().__init__()
         self.section = section
         self.comm = place.comm
+        self._linear = place.linear
         self.weight = tied.weight if tied is not None else place.empty(section.count, hidden_size)
 
     def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        parts = self.comm.all_gather(linear(x, self.weight, None))  # [world_size, R, count]
+        parts = self.comm.all_gather(self._linear(x, self.weight, None))  # [world_size, R, count]
         logits = parts.transpose(0, 1).flatten(1)[:, : self.section.size]
         return logits.float() if out is None else out.copy_(logits)
 

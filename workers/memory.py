@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.models.spec import ModelSpec
+from dist_vlm.workers.recorded_vision import MAX_IMAGES
 from dist_vlm.workers.sampler import sampling_bytes
+from dist_vlm.workers.short_steps import MAX_TOKENS
 
 # Ten images of a 336-pixel tower with 24 layers in bfloat16. An H100 takes 10 ms for one image alone, 1.1 ms for each
 # of ten, 1.0 ms for each of twenty.
@@ -74,8 +78,21 @@ def _share(spec: ModelSpec, config: RankConfig) -> int:
     return -(-images // config.world_size) if _splits(config) else images
 
 
-def kv_cache_bytes(spec: ModelSpec, config: RankConfig, dtype: torch.dtype, workspace_bytes: int) -> int:
-    """Bytes of this rank's KV cache: as configured, or on a GPU what its share of the memory leaves."""
+def recorded_bytes(spec: ModelSpec, config: RankConfig, dtype: torch.dtype) -> int:
+    """Upper bound of what recorded steps and encodings hold for good: recordings of one kind share their memory."""
+    tokens = max(config.max_num_seqs, MAX_TOKENS)
+    step = activation_bytes(spec, dataclasses.replace(config, max_num_batched_tokens=tokens), dtype)
+    images = 0 if spec.image_activation_size is None else MAX_IMAGES * spec.image_activation_size * dtype.itemsize
+    return step + images
+
+
+def kv_cache_bytes(
+    spec: ModelSpec, config: RankConfig, dtype: torch.dtype, workspace_bytes: int, *, is_recorded: bool = False
+) -> int:
+    """Bytes of this rank's KV cache: as configured, or on a GPU what its share of the memory leaves.
+
+    is_recorded: whether steps and encodings are recorded, see `recorded_bytes`.
+    """
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
     if config.device != "cuda":
@@ -83,5 +100,7 @@ def kv_cache_bytes(spec: ModelSpec, config: RankConfig, dtype: torch.dtype, work
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     held = torch.cuda.memory_allocated()
     arena = activation_bytes(spec, config, dtype) + image_bytes(spec, config, dtype) + workspace_bytes
+    if is_recorded:
+        arena += recorded_bytes(spec, config, dtype)
     ranks_on_gpu = config.world_size if config.share_gpu else 1
     return int(total * config.gpu_memory_utilization) // ranks_on_gpu - held - arena

@@ -1,7 +1,8 @@
-"""The only place where a plan becomes tensors."""
+"""A plan becomes a batch: laid out on the host, then put on the device."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,90 +31,112 @@ class PromptRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """A batch, and whose its logits are: first a row for each slice that samples, in their order, then `prompt_rows`.
+class Layout:
+    """A batch on the host, see `Batch`; whose its logits are: first a row for each slice that samples, in their order,
+    then `prompt_rows`.
 
+    slots: int64 [T], the slot of each token. image_features: [rows, hidden_size] each, of the model's dtype, on its
+        device: together the rows of `image_rows`.
     unpackable: slots whose slice raised. Their tokens are computed without images and are to be thrown away, so that
         this rank keeps step with the others, which may have met no error.
     """
 
-    batch: Batch
+    slots: np.ndarray
+    positions: np.ndarray
+    rotary_lengths: np.ndarray
+    slot_mapping: np.ndarray
+    bounds: list[tuple[int, int, int]]
+    logits_rows: list[int]
+    image_rows: list[int]
+    image_features: list[torch.Tensor]
     prompt_rows: tuple[PromptRows, ...]
     unpackable: tuple[int, ...] = ()
 
 
-def pack(
-    slices: Sequence[Slice], *, slots: SlotTable, features: Mapping[str, torch.Tensor], empty_features: torch.Tensor
-) -> Packed:
-    """Builds the batch of a step. An error of a slice is that slice's alone: see `Packed.unpackable`.
+def lay_out(slices: Sequence[Slice], *, slots: SlotTable, features: Mapping[str, torch.Tensor], width: int) -> Layout:
+    """Builds the batch of a step. An error of a slice is that slice's alone: see `Layout.unpackable`.
 
     slices: at least one; their blocks are in the slot table already.
-    features: content key -> [rows, hidden_size] of every image that a slice overlaps.
-    empty_features: [0, hidden_size] of the model's dtype, on its device.
+    features: content key -> [rows, hidden_size] of every image that a slice overlaps. width: hidden_size.
     """
     try:
-        return _pack(slices, slots, features, empty_features)
+        return _lay_out(slices, slots, features, width)
     except Exception:
         _log.exception("a step could not be packed; looking for the slot")
-    guilty = tuple(piece.slot for piece in slices if not _is_packable(piece, slots, features, empty_features))
-    packed = _pack(slices, slots, features, empty_features, without_images=guilty)
-    return Packed(packed.batch, packed.prompt_rows, guilty)
+    guilty = tuple(piece.slot for piece in slices if not _is_packable(piece, slots, features, width))
+    return dataclasses.replace(_lay_out(slices, slots, features, width, without_images=guilty), unpackable=guilty)
 
 
-def _is_packable(
-    piece: Slice, slots: SlotTable, features: Mapping[str, torch.Tensor], empty_features: torch.Tensor
-) -> bool:
+def _is_packable(piece: Slice, slots: SlotTable, features: Mapping[str, torch.Tensor], width: int) -> bool:
     try:
-        _pack([piece], slots, features, empty_features)
+        _lay_out([piece], slots, features, width)
     except Exception:
         _log.exception("slot %d cannot be packed", piece.slot)
         return False
     return True
 
 
-def _pack(
+def _lay_out(
     slices: Sequence[Slice],
     slots: SlotTable,
     features: Mapping[str, torch.Tensor],
-    empty_features: torch.Tensor,
+    width: int,
     without_images: Collection[int] = (),
-) -> Packed:
-    device = slots.token_ids.device
+) -> Layout:
     counts = np.array([piece.count for piece in slices])
     starts = np.concatenate(([0], np.cumsum(counts)))
     slot_of_token = np.repeat([piece.slot for piece in slices], counts)
     positions = np.concatenate([np.arange(piece.start, piece.start + piece.count) for piece in slices])
-    context_lens = np.array([piece.start + piece.count for piece in slices])
     num_prompt_tokens = np.repeat([slots.sequence(piece.slot).num_prompt_tokens for piece in slices], counts)
     block_of_token = slots.block_ids[slot_of_token, positions // slots.block_size]
-    slot_mapping = block_of_token * slots.block_size + positions % slots.block_size
-    image_rows, image_features = _image_rows(slices, starts, slots, features, without_images, empty_features.shape[1])
-    logits_rows = [start + piece.count - 1 for start, piece in zip(starts, slices, strict=False) if piece.sample]
+    image_rows, image_features = _image_rows(slices, starts, slots, features, without_images, width)
+    logits_rows = [int(start) + piece.count - 1 for start, piece in zip(starts, slices, strict=False) if piece.sample]
     prompt_rows = _prompt_rows(slices, slots)
     first_row = {piece.slot: int(start) - piece.start for start, piece in zip(starts, slices, strict=False)}
     for rows in prompt_rows:
         # The logits at a position tell of the token after it.
         low = first_row[rows.slot] + rows.start - 1
         logits_rows.extend(range(low, low + rows.count))
+    return Layout(
+        slots=slot_of_token,
+        positions=positions,
+        rotary_lengths=np.maximum(num_prompt_tokens, positions + 1),
+        slot_mapping=block_of_token * slots.block_size + positions % slots.block_size,
+        bounds=[
+            (start, start + piece.count, piece.start + piece.count)
+            for start, piece in zip(starts.tolist(), slices, strict=False)
+        ],
+        logits_rows=logits_rows,
+        image_rows=image_rows,
+        image_features=image_features,
+        prompt_rows=prompt_rows,
+    )
+
+
+def pack(layout: Layout, slices: Sequence[Slice], *, slots: SlotTable, empty_features: torch.Tensor) -> Batch:
+    """The batch's tensors, enqueued. slices: those that were laid out.
+
+    empty_features: [0, hidden_size] of the model's dtype, on its device.
+    """
+    device = slots.token_ids.device
 
     def put(array: np.ndarray | list[int]) -> torch.Tensor:
         return torch.as_tensor(np.asarray(array, dtype=np.int64)).to(device, non_blocking=True)
 
-    device_positions = put(positions)
-    batch = Batch(
-        token_ids=slots.token_ids[put(slot_of_token), device_positions],
-        positions=device_positions.unsqueeze(0),
-        rotary_lengths=put(np.maximum(num_prompt_tokens, positions + 1)),
-        slot_mapping=put(slot_mapping),
-        query_starts=put(starts),
+    positions, context_lens = put(layout.positions), np.array([context for *_, context in layout.bounds])
+    return Batch(
+        token_ids=slots.token_ids[put(layout.slots), positions],
+        positions=positions.unsqueeze(0),
+        rotary_lengths=put(layout.rotary_lengths),
+        slot_mapping=put(layout.slot_mapping),
+        query_starts=put([0, *(end for _, end, _ in layout.bounds)]),
         context_lens=put(context_lens),
         block_tables=put(_block_tables(slices, context_lens, slots)),
-        logits_rows=put(logits_rows),
-        image_rows=put(image_rows),
-        image_features=torch.cat(image_features) if image_features else empty_features,
-        bounds=list(zip(starts[:-1].tolist(), starts[1:].tolist(), context_lens.tolist(), strict=True)),
+        logits_rows=put(layout.logits_rows),
+        image_rows=put(layout.image_rows),
+        image_features=torch.cat(layout.image_features) if layout.image_features else empty_features,
+        bounds=layout.bounds,
     )
-    return Packed(batch, prompt_rows)
 
 
 def _prompt_rows(slices: Sequence[Slice], slots: SlotTable) -> tuple[PromptRows, ...]:

@@ -44,6 +44,16 @@ class RotaryFrequencies:
         if self.rope_type == "longrope":
             self._switch_length = int(config.rope_parameters["original_max_position_embeddings"])
             self._long, _ = self._frequencies(torch.tensor(self._switch_length + 1))
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def tabulate(self, num_positions: int) -> None:
+        """Computes cos and sin of all positions below `num_positions`, the only ones asked for from here on, once."""
+        if not self._depends_on_length:
+            self._table = self._cos_sin(torch.arange(num_positions, device=self._device), self._fixed)
+
+    @property
+    def _depends_on_length(self) -> bool:
+        return self.rope_type == "longrope" or "dynamic" in self.rope_type
 
     def _frequencies(self, length: Tensor | None) -> tuple[Tensor, float]:
         """float32 [..., rotary_dim / 2] and the factor of cos and sin."""
@@ -61,7 +71,12 @@ class RotaryFrequencies:
 
         positions: int64 [T]. lengths: int64 [T], the sequence length each token's frequencies are for.
         """
-        angles = positions.unsqueeze(1).float() * self._frequencies_of(lengths)
+        if self._table is not None:
+            return self._table[0].index_select(0, positions), self._table[1].index_select(0, positions)
+        return self._cos_sin(positions, self._frequencies_of(lengths))
+
+    def _cos_sin(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions.unsqueeze(1).float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
         return cos.to(self._dtype), sin.to(self._dtype)
@@ -70,7 +85,7 @@ class RotaryFrequencies:
         """float32 [T, rotary_dim / 2], or [rotary_dim / 2] where all tokens share them."""
         if self.rope_type == "longrope":
             return torch.where((lengths > self._switch_length).unsqueeze(1), self._long, self._fixed)
-        if "dynamic" not in self.rope_type:
+        if not self._depends_on_length:
             return self._fixed
         # The functions are elementwise in the length: a column of lengths gives a row of frequencies for each.
         frequencies, _ = self._frequencies(lengths.unsqueeze(1))

@@ -14,14 +14,15 @@ from dist_vlm.kernels.upload import upload
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.computed import NOT_FINITE, SLOT_FAILURES, UNPACKABLE, UNSAMPLED, Computed, LaunchedStep
 from dist_vlm.workers.config import LoadReport, RankConfig
-from dist_vlm.workers.decode import Decoder
+from dist_vlm.workers.decode import Decoded, Decoder
 from dist_vlm.workers.kv_cache import KVCache, block_bytes
 from dist_vlm.workers.memory import encoder_batch_images, kv_cache_bytes
 from dist_vlm.workers.models import get_family, read_spec
-from dist_vlm.workers.pack import PromptRows, pack
+from dist_vlm.workers.pack import Layout, PromptRows, lay_out, pack
 from dist_vlm.workers.peak_memory import PeakMemory
 from dist_vlm.workers.pending import FinishedStep, PendingStep
 from dist_vlm.workers.plan import Slice, StepCounters, StepPlan, StepResult
+from dist_vlm.workers.recorded_vision import RecordedVision
 from dist_vlm.workers.sampler import (
     LogitsProcessor,
     PendingLogprobs,
@@ -30,6 +31,7 @@ from dist_vlm.workers.sampler import (
     sample_tokens,
     token_logprobs,
 )
+from dist_vlm.workers.short_steps import ShortSteps
 from dist_vlm.workers.slots import SlotTable
 from dist_vlm.workers.vision import FeatureStore, ImageStore
 from dist_vlm.workers.weights import open_weights
@@ -74,12 +76,14 @@ class Runner:
             self.spec, comm=self.comm, ops=self.ops, dtype=self.dtype, device=self.device
         )
         self.vision = self.family.build_vision(self.spec, ops=self.ops, dtype=self.dtype, device=self.device)
+        self.language.expect_positions(self.config.max_model_len)
         with open_weights(self.config, self.spec) as source:
             self.family.load_language(self.language, self.spec, source)
             self.family.load_vision(self.vision, self.spec, source)
         peak_bytes = peak.growth_bytes()
+        vision = self.vision if self.ops.recorded is None else RecordedVision(self.vision, device=self.device)
         self.features = FeatureStore(
-            vision=self.vision,
+            vision=vision,
             comm=self.comm,
             dtype=self.dtype,
             device=self.device,
@@ -96,12 +100,16 @@ class Runner:
             weight_bytes=(num_language + num_vision) * self.dtype.itemsize,
             peak_load_bytes=peak_bytes,
             kv_block_bytes=per_block,
-            num_blocks=kv_cache_bytes(self.spec, self.config, self.dtype, self.ops.workspace_bytes) // per_block,
+            num_blocks=self._kv_cache_bytes() // per_block,
             kernels=self.ops.names,
             load_us=(time.perf_counter_ns() - began) // 1000,
         )
         _log.info("rank %d: %s", self.config.rank, report)
         return report
+
+    def _kv_cache_bytes(self) -> int:
+        workspace, is_recorded = self.ops.workspace_bytes, self.ops.recorded is not None
+        return kv_cache_bytes(self.spec, self.config, self.dtype, workspace, is_recorded=is_recorded)
 
     def _cache_shape(self) -> dict[str, int]:
         return {
@@ -117,25 +125,35 @@ class Runner:
         self.kv_cache = KVCache.allocate(
             num_blocks=num_blocks, dtype=self.dtype, device=self.device, **self._cache_shape()
         )
-        self._decoder = self._make_decoder()
+        self._record()
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=self.device)
         self._no_features = torch.empty((0, self.spec.hidden_size), dtype=self.dtype, device=self.device)
 
-    def _make_decoder(self) -> Decoder | None:
-        """None where ops or collectives cannot be recorded."""
-        if self.ops.decode is None or not self.comm.is_recordable:
-            return None
-        decoder = Decoder(
+    def _record(self) -> None:
+        """Records decode steps now, and steps of few tokens as they come, where ops and collectives allow it."""
+        self._decoder = self._short_steps = None
+        if self.ops.recorded is None or not self.comm.is_recordable:
+            return
+        self._decoder = Decoder(
             self.language,
-            ops=self.ops.decode,
+            ops=self.ops.recorded,
             slots=self.slots,
             kv_cache=self.kv_cache,
             comm=self.comm,
             max_num_seqs=self.config.max_num_seqs,
             vocab_size=self.spec.vocab_size,
         )
-        decoder.record()
-        return decoder
+        self._decoder.record()
+        self._short_steps = ShortSteps(
+            self.language,
+            ops=self.ops.recorded,
+            slots=self.slots,
+            kv_cache=self.kv_cache,
+            comm=self.comm,
+            vocab_size=self.spec.vocab_size,
+            hidden_size=self.spec.hidden_size,
+            dtype=self.dtype,
+        )
 
     def stage(self, key: str, kind: str, array: np.ndarray) -> None:
         self.images.stage(key, kind, array)
@@ -191,33 +209,39 @@ class Runner:
     def _compute(self, slices: Sequence[Slice]) -> Computed:
         """Enqueues a step's forward and sampling. What goes wrong with one slot is told in its row of the status."""
         if self._decoder is not None and all(self._is_decode(piece) for piece in slices):
-            return self._decode(self._decoder, slices)
-        return self._compute_any(slices)
+            self.slots.upload_blocks()
+            return self._sample_recorded(self._decoder.launch(slices), slices)
+        layout = lay_out(slices, slots=self.slots, features=self.features.features, width=self.spec.hidden_size)
+        if self._short_steps is not None and self._short_steps.fits(slices) and not layout.prompt_rows:
+            self.slots.upload_blocks()
+            return self._sample_recorded(self._short_steps.launch(slices, layout), slices)
+        return self._compute_laid_out(layout, slices)
 
     def _is_decode(self, piece: Slice) -> bool:
         return piece.count == 1 and piece.sample and self.slots.sequence(piece.slot).sampling.prompt_logprobs is None
 
-    def _decode(self, decoder: Decoder, slices: Sequence[Slice]) -> Computed:
-        self.slots.upload_blocks()
-        decoded = decoder.launch(slices)
-        rows = [self._sample_row(piece) for piece in slices]
+    def _sample_recorded(self, decoded: Decoded, slices: Sequence[Slice]) -> Computed:
+        """decoded: a row a slice."""
+        sampling = [index for index, piece in enumerate(slices) if piece.sample]
+        rows = [self._sample_row(slices[index]) for index in sampling]
         if all(is_greedy(row.sampling) for row in rows):
-            return decoded.to_host()
-        tokens, unsampled = self._sample(decoded.logits, rows)
+            return decoded.to_host(sampling)
+        logits = decoded.logits[upload(sampling, torch.int64, self.device)]
+        tokens, unsampled = self._sample(logits, rows)
         self.slots.write_sampled([row.slot for row in rows], [row.position for row in rows], tokens)
         status = decoded.status.float()
         if self.comm.world_size > 1 or unsampled:
-            failed = torch.zeros((len(rows), len(SLOT_FAILURES)))
-            failed[[row.slot in unsampled for row in rows], UNSAMPLED] = 1
+            failed = torch.zeros((len(slices), len(SLOT_FAILURES)))
+            failed[[piece.slot in unsampled for piece in slices], UNSAMPLED] = 1
             status += self.comm.all_reduce(failed.to(self.device, non_blocking=True))
-        return Computed(tokens, status, self._logprobs(decoded.logits, tokens, rows), []).to_host()
+        return Computed(tokens, status, self._logprobs(logits, tokens, rows), []).to_host()
 
-    def _compute_any(self, slices: Sequence[Slice]) -> Computed:
-        packed = pack(slices, slots=self.slots, features=self.features.features, empty_features=self._no_features)
-        hidden = self.language.forward(packed.batch, self.kv_cache)
+    def _compute_laid_out(self, layout: Layout, slices: Sequence[Slice]) -> Computed:
+        batch = pack(layout, slices, slots=self.slots, empty_features=self._no_features)
+        hidden = self.language.forward(batch, self.kv_cache)
         rows = [self._sample_row(piece) for piece in slices if piece.sample]
         status = torch.zeros((len(slices), len(SLOT_FAILURES)))
-        status[[piece.slot in packed.unpackable for piece in slices], UNPACKABLE] = 1
+        status[[piece.slot in layout.unpackable for piece in slices], UNPACKABLE] = 1
         tokens, logprobs = self._no_tokens, None
         if rows:
             logits = self.language.logits(hidden[: len(rows)])
@@ -230,7 +254,7 @@ class Runner:
             sampling = upload([index for index, piece in enumerate(slices) if piece.sample], torch.int64, self.device)
             status[sampling, NOT_FINITE] = (~torch.isfinite(logits).all(dim=-1)).float()
         status = self.comm.all_reduce(status)
-        prompt = self._prompt_logprobs(hidden[len(rows) :], packed.prompt_rows)
+        prompt = self._prompt_logprobs(hidden[len(rows) :], layout.prompt_rows)
         return Computed(tokens, status, logprobs, prompt).to_host()
 
     def _sample_row(self, piece: Slice) -> SampleRow:

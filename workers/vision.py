@@ -119,7 +119,9 @@ class FeatureStore:
                 votes[1 + FAILURE_REASONS.index(done.failed[key]), column] = 1
             elif key in done.features:
                 votes[0, column] = done.features[key].shape[0]
-        rows, *failed = self.comm.all_reduce(votes.to(self.device)).tolist()
+        if self.comm.world_size > 1:
+            votes = votes.to(self.device)  # alone, the GPU has nothing to add
+        rows, *failed = self.comm.all_reduce(votes).tolist()
         reasons = [
             next((reason for reason, votes in zip(FAILURE_REASONS, column, strict=True) if votes), None)
             for column in zip(*failed, strict=True)

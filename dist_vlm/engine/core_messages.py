@@ -19,9 +19,9 @@ from dist_vlm.sched.request import FinishReason
 from dist_vlm.workers import wire
 from dist_vlm.workers.plan import ImageSpan, SamplingRow, TokenLogprobs
 
-_KINDS = ("pixel_values", "image_features")
+_KINDS = ("coded_pixels", "pixel_values", "image_features")
 _FINISH_REASONS = ("stop", "length", "abort", "error", None)
-_DTYPES = {"float32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "uint8": np.dtype("u1")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,8 @@ def _image_message(image: EngineImage) -> Image:
 def _image_of(message: Image) -> EngineImage:
     """The array is read-only: it is the message's own memory."""
     dtype = _DTYPES.get(message.dtype)
-    if dtype is None or message.kind not in _KINDS:
+    fits = message.kind in _KINDS and (message.dtype == "uint8") == (message.kind == "coded_pixels")
+    if dtype is None or not fits:
         raise wire.WireError(f"an image of kind {message.kind!r} and dtype {message.dtype!r}")
     if min(message.shape, default=0) < 1 or math.prod(message.shape) * dtype.itemsize != len(message.data):
         raise wire.WireError(f"an image of shape {message.shape} in {len(message.data)} bytes")

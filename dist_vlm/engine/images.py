@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from dist_vlm.engine.object_locks import ObjectLocks
 from dist_vlm.executor.base import StageKind
 from dist_vlm.media import PictureError, content_key, to_rgb
 from dist_vlm.multimodal.image import ImageFeatureData, ImagePixelData
+from dist_vlm.workers.beside import run_beside
+from dist_vlm.workers.coded_pixels import coded_shape
 
 if TYPE_CHECKING:
     from dist_vlm.config import VisionConfig
@@ -51,11 +55,14 @@ class ImagePreparer:
             raise ValueError(f"multi_modal_data has {len(images)} images; at most {limit} are allowed")
         return images
 
-    def prepare(self, images: Sequence[Any]) -> list[PreparedImage]:
-        """All images of one prompt, in order. Raises `ValueError` naming what is wrong with which."""
-        return [self._prepare_one(image, f"image {index}") for index, image in enumerate(images)]
+    def prepare(self, images: Sequence[Any], *, helpers: Executor | None = None) -> list[PreparedImage]:
+        """All images of one prompt, in order. Raises `ValueError` naming what is wrong with which.
 
-    def _prepare_one(self, image: Any, name: str) -> PreparedImage:
+        helpers: threads that may take parts of the work, as `run_beside` says.
+        """
+        return [self._prepare_one(image, f"image {index}", helpers) for index, image in enumerate(images)]
+
+    def _prepare_one(self, image: Any, name: str, helpers: Executor | None) -> PreparedImage:
         if isinstance(image, PreparedImage):
             return self._prepared(image, name)
         if isinstance(image, ImageFeatureData):
@@ -63,7 +70,7 @@ class ImagePreparer:
         if isinstance(image, ImagePixelData):
             image = image.image
         if isinstance(image, Image.Image):
-            return self.preprocessed(self.decoded(image, name))
+            return self.preprocessed(self.decoded(image, name), helpers=helpers)
         if _is_tensor(image):
             return self._pixels(image, name)
         raise ValueError(
@@ -81,11 +88,12 @@ class ImagePreparer:
         with self._decoding.holding(picture):
             return to_rgb(picture, max_pixels=self._vision.max_image_pixels, name=name)
 
-    def preprocessed(self, rgb: Image.Image) -> PreparedImage:
+    def preprocessed(self, rgb: Image.Image, *, helpers: Executor | None = None) -> PreparedImage:
         """What `decoded` gave, as the model takes it."""
         assert self._processor is not None
-        array = self._processor.preprocess(rgb)
-        return PreparedImage(content_key(rgb, settings=self._processor.digest), "pixel_values", array)
+        preprocess = partial(self._processor.preprocess, rgb, helpers=helpers)
+        array, key = run_beside(helpers, [preprocess, partial(content_key, rgb, settings=self._processor.digest)])
+        return PreparedImage(key, "coded_pixels" if array.dtype == np.uint8 else "pixel_values", array)
 
     def _check_aspect(self, picture: Image.Image, name: str) -> None:
         """Processors scale the shorter side to the model's before they crop: a thin picture grows without bound."""
@@ -100,11 +108,11 @@ class ImagePreparer:
 
     def _prepared(self, image: PreparedImage, name: str) -> PreparedImage:
         self._accept(image.kind, name)
-        expected = self._shape(image.kind)
-        if image.array.shape != expected or image.array.dtype != np.float32:
+        expected, dtype = self._shape(image.kind), "uint8" if image.kind == "coded_pixels" else "float32"
+        if image.array.shape != expected or image.array.dtype != dtype:
             raise ValueError(
                 f"{name}: prepared {image.kind} have shape {image.array.shape} and dtype {image.array.dtype}; must be "
-                f"{expected} and float32"
+                f"{expected} and {dtype}"
             )
         return image
 
@@ -125,12 +133,13 @@ class ImagePreparer:
         if kind == "image_features":
             return (1, self._spec.image_feature_size, self._spec.image_feature_width)
         assert self._spec.image_input_shape is not None
-        return tuple(self._spec.image_input_shape)
+        shape = tuple(self._spec.image_input_shape)
+        return coded_shape(shape) if kind == "coded_pixels" else shape
 
     def _accept(self, kind: StageKind, name: str) -> None:
-        only = self._vision.image_input_type
-        if only is not None and kind != only:
-            raise ValueError(f"{name} enters as {kind}, but image_input_type = {only!r} allows no other than that")
+        only, stage = self._vision.image_input_type, "pixel_values" if kind == "coded_pixels" else kind
+        if only is not None and stage != only:
+            raise ValueError(f"{name} enters as {stage}, but image_input_type = {only!r} allows no other than that")
 
 
 def _as_list(data: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from dist_vlm.workers.plan import ImageSpan, SamplingRow, TokenLogprobs
 class EngineImage:
     """An image of a request: where it lies, and what is to be encoded.
 
-    array: float32 pixel values [1, channels, height, width] or vision-tower output [1, rows, width].
+    array: coded pixels, or float32 pixel values [1, channels, height, width] or vision-tower output [1, rows, width].
     """
 
     span: ImageSpan

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import time
 import weakref
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Mapping
+from concurrent.futures import Executor
 from typing import Any
 
 from dist_vlm.engine.core import EngineCore
 from dist_vlm.engine.front import Front
+from dist_vlm.engine.intake import Drawn, Intake
 from dist_vlm.engine.jobs import Job
 from dist_vlm.engine.messages import EngineOutput
 from dist_vlm.engine.processor import ProcessedPrompt
@@ -20,8 +24,15 @@ from dist_vlm.outputs import CompletionOutput, RequestOutput
 
 _log = logging.getLogger(__name__)
 
-# Requests prepared between two steps while a long list is worked off: pictures are decoded as they are needed.
-_PREPARED_PER_STEP = 16
+_Prepared = tuple[ProcessedPrompt, RequestLog]
+
+# Requests on their way to the engine at once, and let in between two steps at most: pictures are decoded as they are
+# needed.
+_MAX_DRAWN = 16
+# Letting requests in takes about this share of the time that the step before took: with two plans in flight the ranks
+# do not notice. One is let in at any rate.
+_INTAKE_SHARE = 0.25
+_MIN_INTAKE_S = 0.001
 # Beyond this, pictures wait in the caller's form; at least one request is always let in.
 _MAX_STAGED_BYTES = 512 << 20
 
@@ -29,29 +40,37 @@ _MAX_STAGED_BYTES = 512 << 20
 class OfflineLoop:
     """Runs a started core in the threads of its callers, one at a time.
 
+    preparers: threads that prepare requests with pictures ahead of their turn.
     ending: ends the ranks when called; alive until then.
     """
 
     def __init__(
-        self, core: EngineCore, front: Front, *, max_num_seqs: int, ending: weakref.finalize[Any, Any]
+        self,
+        core: EngineCore,
+        front: Front,
+        *,
+        max_num_seqs: int,
+        preparers: Executor,
+        ending: weakref.finalize[Any, Any],
     ) -> None:
         self._core = core
         self._front = front
         self._max_num_seqs = max_num_seqs
+        self._preparers = preparers
         self._ending = ending
         self._dead: ExecutorError | None = None
         self._ids = itertools.count()
+        self._step_s = 0.0
         # What a step told of requests whose run was not the one that asked for the step.
         self._news: deque[EngineOutput] = deque()
 
     def run(self, jobs: Iterator[Job], *, raise_errors: bool) -> Iterator[RequestOutput]:
         """Works jobs off and yields their outputs. Several runs may be under way: each step serves all of them."""
         mine: dict[str, RequestLog] = {}
-        more = True
+        intake = Intake(jobs, self._prepare, preparers=self._preparers, new_id=lambda: str(next(self._ids)))
         try:
-            while more or mine:
-                if more:
-                    more = yield from self._submit_some(jobs, mine, raise_errors=raise_errors)
+            while mine or not intake.is_over:
+                yield from self._submit_some(intake, mine, raise_errors=raise_errors)
                 for news in self._news_of(mine) if mine else ():
                     if news.request_id not in mine:
                         continue  # its request ended with an answer beside it
@@ -60,6 +79,7 @@ class OfflineLoop:
                         raise ValueError(f"the request failed: {output.error}")
                     yield output
         finally:
+            intake.close()
             for log in {id(log): log for log in mine.values()}.values():
                 self._abort(log.request_ids, mine)
                 self._forget_processors(log)
@@ -105,8 +125,9 @@ class OfflineLoop:
         """One step of the engine. Whatever goes wrong in it, an interrupt too, ends the engine: its books and the
         ranks' no longer agree."""
         self._check_alive()
+        began = time.monotonic()
         try:
-            return self._core.step()
+            outputs = self._core.step()
         except ExecutorError as error:
             self._dead = error
             self._ending()
@@ -115,6 +136,8 @@ class OfflineLoop:
             self._dead = ExecutorError("step", f"the engine was broken off by {type(error).__name__}")
             self._ending()
             raise
+        self._step_s = time.monotonic() - began
+        return outputs
 
     def _check_alive(self) -> None:
         if self._dead is not None:
@@ -123,33 +146,38 @@ class OfflineLoop:
             raise RuntimeError("this LLM is shut down")
 
     def _submit_some(
-        self, jobs: Iterator[Job], mine: dict[str, RequestLog], *, raise_errors: bool
-    ) -> Generator[RequestOutput, None, bool]:
-        """Prepares a few more requests while fewer than two rounds of slots, and not too many bytes of images, are in
-        the engine; yields the failed, returns whether there may be more."""
+        self, intake: Intake[_Prepared], mine: dict[str, RequestLog], *, raise_errors: bool
+    ) -> Generator[RequestOutput, None, None]:
+        """Lets requests in that are prepared, while fewer than two rounds of slots, and not too many bytes of images,
+        are in the engine; yields the failed. Waits for one where nothing of this run is in the engine."""
         limit = 2 * self._max_num_seqs
-        for _ in range(_PREPARED_PER_STEP):
+        end = time.monotonic() + max(_MIN_INTAKE_S, _INTAKE_SHARE * self._step_s) if mine else math.inf
+        for _ in range(_MAX_DRAWN):
             if len(mine) >= limit or (mine and self._core.staged_bytes > _MAX_STAGED_BYTES):
-                return True
+                return
             self._check_alive()
-            job = next(jobs, None)
-            if job is None:
-                return False
-            request_id = str(next(self._ids))
+            intake.draw(min(_MAX_DRAWN, limit - len(mine)))
+            drawn = intake.take(wait=not mine)
+            if drawn is None:
+                return
             try:
-                log = self._submit(request_id, job)
+                log = self._submit(drawn)
             except ValueError as error:
                 if raise_errors:
                     raise
-                _log.warning("request %s failed: %s", request_id, error)
-                yield _failed(request_id, job.inputs, str(error))
-                continue
-            mine.update(dict.fromkeys(log.request_ids, log))
-        return True
+                _log.warning("request %s failed: %s", drawn.request_id, error)
+                yield _failed(drawn.request_id, drawn.job.inputs, str(error))
+            else:
+                mine.update(dict.fromkeys(log.request_ids, log))
+            if time.monotonic() > end:
+                return
 
-    def _submit(self, request_id: str, job: Job) -> RequestLog:
+    def _submit(self, drawn: Drawn[_Prepared]) -> RequestLog:
         """Hands a request to the engine. Raises `ValueError` for one that cannot be served."""
-        processed, log = self._prepare(request_id, job)
+        try:
+            processed, log = drawn.prepared()
+        finally:
+            self._check_alive()  # another thread may have shut this LLM down meanwhile
         if log.processors_name:
             self._core.set_processors(log.processors_name, log.processors)
         for index, request in enumerate(processed.requests):
@@ -162,10 +190,12 @@ class OfflineLoop:
                 raise
         return log
 
-    def _prepare(self, request_id: str, job: Job) -> tuple[ProcessedPrompt, RequestLog]:
-        """Raises `ValueError` alone: what else a library raises on a request's data goes to the log."""
+    def _prepare(self, request_id: str, job: Job, *, helpers: Executor | None = None) -> _Prepared:
+        """For any thread. Raises `ValueError` alone: what else a library raises on a request's data goes to the log."""
         try:
-            processed = self._front.processor.process(request_id, job.inputs, job.params, priority=job.priority)
+            processed = self._front.processor.process(
+                request_id, job.inputs, job.params, priority=job.priority, helpers=helpers
+            )
             return processed, RequestLog(
                 processed, job.params, tokenizer=self._front.tokenizer, eos_token_ids=self._front.spec.eos_token_ids
             )

@@ -12,14 +12,17 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from dist_vlm.engine import picture_messages as messages
 from dist_vlm.engine.images import PreparedImage
+from dist_vlm.executor.base import StageKind
 from dist_vlm.executor.ray_cluster import import_root
 from dist_vlm.media import PictureError
 from dist_vlm.workers import wire
+from dist_vlm.workers.coded_pixels import coded_shape
 
 _log = logging.getLogger(__name__)
 
@@ -54,15 +57,18 @@ class PictureClient:
     """Starts `dist_vlm.engine.picture_process` and speaks with it over a socket pair, which nobody else can reach. For
     one thread, but for `abort`.
 
-    configure: what the process is told first. shape: of the arrays that it must send. program: what the interpreter is
-        given to start it; the socket's descriptor is appended.
+    configure: what the process is told first. shape: of the pixel values that it must send, coded or not. program: what
+        the interpreter is given to start it; the socket's descriptor is appended.
     """
 
     def __init__(
         self, configure: messages.Configure, *, shape: tuple[int, ...], program: Sequence[str] = PROGRAM
     ) -> None:
         self._configure = configure
-        self._shape = shape
+        self._forms: dict[StageKind, tuple[tuple[int, ...], np.dtype[Any]]] = {
+            "coded_pixels": (coded_shape(shape), np.dtype("u1")),
+            "pixel_values": (shape, np.dtype("<f4")),
+        }
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -138,12 +144,15 @@ class PictureClient:
             raise PictureError(message.text[:_MAX_TEXT_CHARACTERS])
         if not isinstance(message, messages.Prepared):
             raise wire.WireError(f"{type(message).__name__} in place of an answer")
-        if message.shape != self._shape or not _KEY.fullmatch(message.key):
-            raise wire.WireError(f"an array of shape {message.shape} under the key {message.key[:40]!r}")
-        data = bytearray(4 * math.prod(self._shape))
+        kind: StageKind = "coded_pixels" if message.kind == "coded_pixels" else "pixel_values"
+        shape, dtype = self._forms[kind]
+        if (message.kind, message.shape) != (kind, shape) or not _KEY.fullmatch(message.key):
+            told = f"{message.kind[:40]!r} of shape {message.shape} under the key {message.key[:40]!r}"
+            raise wire.WireError(told)
+        data = bytearray(dtype.itemsize * math.prod(shape))
         self._channel.receive_into(memoryview(data))
-        array = np.frombuffer(data, "<f4").astype(np.float32, copy=False).reshape(self._shape)
-        image = PreparedImage(message.key, "pixel_values", array)
+        array = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=False).reshape(shape)
+        image = PreparedImage(message.key, kind, array)
         return PooledImage(image, message.decode_s, message.preprocess_s, message.width, message.height)
 
     def _end(self) -> str:

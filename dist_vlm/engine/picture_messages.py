@@ -56,9 +56,10 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A `PooledImage`; its array follows, float32, little-endian, in C order."""
+    """A `PooledImage`; its array follows, in C order: bytes, or float32, little-endian, as its kind says."""
 
     key: str
+    kind: str
     shape: tuple[int, ...]
     decode_s: float
     preprocess_s: float

@@ -81,8 +81,9 @@ class PictureProcess:
         width, height = rgb.size
         image = self._preparer.preprocessed(rgb)
         done = time.perf_counter()
-        array = image.array.astype("<f4", copy=False)
-        prepared = messages.Prepared(image.key, array.shape, decoded - began, done - decoded, width, height)
+        array = image.array.astype(image.array.dtype.newbyteorder("<"), copy=False)
+        times = decoded - began, done - decoded
+        prepared = messages.Prepared(image.key, image.kind, array.shape, *times, width, height)
         return prepared, array.data.cast("B")
 
     def _receive(self, size: int) -> bytearray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ class Processor:
         max_logprobs: int = 20,
         serves_logits_processors: bool = False,
     ) -> None:
+        # A first use sets it to cut off and pad nothing. From here on threads only read it.
+        tokenizer.encode("a")
         self._tokenizer = tokenizer
         self._spec = spec
         self._images = images
@@ -60,8 +63,19 @@ class Processor:
             serves_logits_processors=serves_logits_processors,
         )
 
-    def process(self, request_id: str, inputs: Any, params: SamplingParams, *, priority: int = 0) -> ProcessedPrompt:
-        """Raises `ValueError` naming the field, its value and what is allowed."""
+    def process(
+        self,
+        request_id: str,
+        inputs: Any,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        helpers: Executor | None = None,
+    ) -> ProcessedPrompt:
+        """Raises `ValueError` naming the field, its value and what is allowed.
+
+        helpers: threads that may take parts of the work on pictures, as `run_beside` says.
+        """
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params of type {type(params).__name__}: must be a SamplingParams")
         _check_priority(priority)
@@ -75,7 +89,7 @@ class Processor:
         token_ids, starts = self._expand(token_ids, len(given))
         token_ids, starts = _truncate(token_ids, starts, params.truncate_prompt_tokens)
         self._check_length(len(token_ids))
-        images = self._images.prepare(given)
+        images = self._images.prepare(given, helpers=helpers)
         spans = [self._span(image, start) for image, start in zip(images, starts, strict=True)]
         max_tokens, stop_token_ids = self._max_tokens(params, len(token_ids)), self._stop_token_ids(params)
         rows = self._sampling.rows(params, name=request_id, max_tokens=max_tokens, stop_token_ids=stop_token_ids)

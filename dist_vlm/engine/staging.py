@@ -26,6 +26,7 @@ class StagingArea:
         self._arrived: set[str] = set()
         self._failed: set[str] = set()
         self._bytes: dict[str, int] = {}
+        self._num_bytes = 0
         self._waiting: dict[str, tuple[EngineRequest, set[str]]] = {}
         self._unstage_after: deque[tuple[int, str]] = deque()
 
@@ -41,7 +42,7 @@ class StagingArea:
     @property
     def num_bytes(self) -> int:
         """Bytes of all images staged or on their way."""
-        return sum(self._bytes.values())
+        return self._num_bytes
 
     def add(self, request: EngineRequest) -> bool:
         """Begins to stage a request's images; true if they have all arrived already."""
@@ -53,6 +54,7 @@ class StagingArea:
             if key not in self._users:
                 self._users[key] = set()
                 self._bytes[key] = image.array.nbytes
+                self._num_bytes += image.array.nbytes
                 self._executor.stage(key, image.kind, image.array)
             self._users[key].add(request.request_id)
             if key not in self._arrived:
@@ -105,7 +107,8 @@ class StagingArea:
                 self._forget(key)
 
     def _forget(self, key: str) -> None:
-        del self._users[key], self._bytes[key]
+        del self._users[key]
+        self._num_bytes -= self._bytes.pop(key)
         self._arrived.discard(key)
         self._failed.discard(key)
         self._executor.unstage(key)

@@ -13,7 +13,7 @@ from dist_vlm.workers.plan import StepPlan, StepResult
 if TYPE_CHECKING:
     import numpy as np
 
-StageKind = Literal["pixel_values", "image_features"]
+StageKind = Literal["coded_pixels", "pixel_values", "image_features"]
 
 
 class ExecutorError(RuntimeError):
@@ -73,8 +73,8 @@ class Executor(ABC):
         """Begins to hand an image to every rank; `poll_staged` tells when it has arrived.
 
         key: the image's content key.
-        array: pixel values [1, channels, height, width], or vision-tower output [1, rows, width]; float32.
-            The caller must not write to it afterwards.
+        array: coded pixels (see `workers/coded_pixels.py`), or pixel values [1, channels, height, width], or
+            vision-tower output [1, rows, width], both float32. The caller must not write to it afterwards.
         """
 
     @abstractmethod

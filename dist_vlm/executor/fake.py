@@ -105,10 +105,10 @@ class FakeExecutor(Executor):
         self._require_started()
         if key in self._known:
             raise ContractError(f"image {key!r} is staged twice")
-        if kind not in ("pixel_values", "image_features"):
+        if kind not in ("coded_pixels", "pixel_values", "image_features"):
             raise ContractError(f"image {key!r} is staged as {kind!r}")
-        axes = 4 if kind == "pixel_values" else 3
-        if array.ndim != axes or array.shape[0] != 1 or array.dtype.name != "float32":
+        axes, dtype = 3 if kind == "image_features" else 4, "uint8" if kind == "coded_pixels" else "float32"
+        if array.ndim != axes or array.shape[0] != 1 or array.dtype.name != dtype:
             raise ContractError(f"image {key!r}: {kind} of shape {array.shape}, {array.dtype}")
         self._known.add(key)
         rows = int(array.shape[1]) if kind == "image_features" else None

@@ -200,6 +200,7 @@ class RayExecutor(Executor):
         if self._transport is not None:
             self._transport.close()
             self._transport = self._plans = None
+        self._images.close()
         self._actors.clear()
         if self._group is not None:
             _remove(self._group)

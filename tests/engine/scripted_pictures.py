@@ -30,12 +30,14 @@ with contextlib.suppress(ConnectionError):
         key = number if command == "key" else "0" * 32
         shape = (1, 3, int(number), 56) if command == "shape" else (1, 3, 56, 56)
         values = array.array("f", [float(number) if command == "value" else 0.0]) * (3 * 56 * 56)
-        answer = messages.Prepared(key, shape, 0.25, 0.5, 80, 60)
+        kind = source.decode() if command == "kind" else "pixel_values"
+        answer = messages.Prepared(key, kind, shape, 0.25, 0.5, 80, 60)
         channel.send(messages.Ready() if command == "babble" else answer, memoryview(values).cast("B"))
 """
 
 
 def scripted_program(*, setup: str = "", first: str = "messages.Ready()") -> tuple[str, ...]:
     """What the interpreter is given. A picture is a command and a number: "signal 9" (to itself), "exit 3", "sleep 1",
-    "refuse", "key ...", "shape 7", "babble"; "value 5" and whatever else are answered, all pixels 5 or 0."""
+    "refuse", "key ...", "kind ...", "shape 7", "babble"; "value 5" and whatever else are answered, all pixels 5 or 0.
+    """
     return ("-P", "-c", _PROGRAM.format(setup=setup, first=first))

@@ -30,6 +30,7 @@ def request() -> EngineRequest:
     images = (
         EngineImage(ImageSpan("x", 1, 3), "pixel_values", pixels),
         EngineImage(ImageSpan("y", 6, 3), "image_features", features),
+        EngineImage(ImageSpan("z", 9, 3), "coded_pixels", np.arange(60, dtype=np.uint8).reshape(1, 3, 4, 5)),
     )
     row = SamplingRow(temperature=0.5, seed=2**63 - 1, logit_bias=((3, -1.5),), bad_words=((1, 2), (3,)), logprobs=0)
     return EngineRequest("a", (1, 2, 2**31), images, row, 9, frozenset({9, 2, 5}), priority=-3, cache_salt="tenant")
@@ -55,8 +56,7 @@ def test_a_request_crosses_whole() -> None:
             assert getattr(came, field.name) == getattr(sent, field.name), field.name
     for image, original in zip(came.images, sent.images, strict=True):
         assert (image.span, image.kind) == (original.span, original.kind)
-        assert image.array.dtype == np.float32
-        assert np.array_equal(image.array, original.array)
+        np.testing.assert_array_equal(image.array, original.array, strict=True)
 
 
 @pytest.mark.parametrize("stop_reason", [7, 0, "step failed (rank 1): gone", "", None])
@@ -109,6 +109,8 @@ def test_what_is_no_message_is_refused(frame: bytes) -> None:
     [
         ({"dtype": "object"}, "dtype 'object'"),
         ({"kind": "pickle"}, "kind 'pickle'"),
+        ({"kind": "coded_pixels"}, "kind 'coded_pixels' and dtype 'float32'"),
+        ({"dtype": "uint8"}, "kind 'pixel_values' and dtype 'uint8'"),
         ({"shape": (1, 3, 5, 8)}, "in 420 bytes"),
         ({"shape": (-1, 3, 5, -7)}, "in 420 bytes"),
         ({"shape": ()}, "in 420 bytes"),

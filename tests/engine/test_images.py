@@ -1,5 +1,6 @@
 import dataclasses
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -55,10 +56,18 @@ def prepared(kind, shape, dtype=np.float32):
     return PreparedImage("0" * 32, kind, np.ones(shape, dtype))
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("pixel_values", (1, 3, 56, 56)), ("image_features", (1, 16, 64))])
-def test_a_prepared_image_goes_through_as_it_is(front, kind, shape):
-    image = prepared(kind, shape)
-    for setting in (None, kind):
+# 19 rows of 56 bytes hold 256 numbers of 4.
+FORMS = [
+    ("coded_pixels", (1, 3, 19 + 56, 56), np.uint8, "pixel_values"),
+    ("pixel_values", (1, 3, 56, 56), np.float32, "pixel_values"),
+    ("image_features", (1, 16, 64), np.float32, "image_features"),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "dtype", "stage"), FORMS)
+def test_a_prepared_image_goes_through_as_it_is(front, kind, shape, dtype, stage):
+    image = prepared(kind, shape, dtype)
+    for setting in (None, stage):
         assert preparer(front, image_input_type=setting).prepare([image])[0] is image
     inputs = {"prompt": "<image>", "multi_modal_data": {"image": [image]}}
     (request,) = front.processor.process("r", inputs, SamplingParams()).requests
@@ -76,6 +85,8 @@ def test_a_prepared_image_goes_through_as_it_is(front, kind, shape):
         (prepared("pixel_values", (1, 16, 64)), r"must be \(1, 3, 56, 56\) and float32"),
         (prepared("pixel_values", (1, 3, 56, 56), np.float64), "dtype float64; must be"),
         (prepared("image_features", (1, 3, 56, 56)), r"must be \(1, 16, 64\) and float32"),
+        (prepared("coded_pixels", (1, 3, 56, 56), np.uint8), r"must be \(1, 3, 75, 56\) and uint8"),
+        (prepared("coded_pixels", (1, 3, 75, 56)), "dtype float32; must be"),
     ],
 )
 def test_a_prepared_image_of_another_shape_is_refused(front, image, message):
@@ -86,8 +97,9 @@ def test_a_prepared_image_of_another_shape_is_refused(front, image, message):
 def test_image_input_type_holds_for_prepared_images_too(front):
     with pytest.raises(ValueError, match="enters as image_features, but image_input_type = 'pixel_values'"):
         preparer(front, image_input_type="pixel_values").prepare([prepared("image_features", (1, 16, 64))])
-    with pytest.raises(ValueError, match="enters as pixel_values, but image_input_type = 'image_features'"):
-        preparer(front, image_input_type="image_features").prepare([prepared("pixel_values", (1, 3, 56, 56))])
+    for image in (prepared("pixel_values", (1, 3, 56, 56)), prepared("coded_pixels", (1, 3, 75, 56), np.uint8)):
+        with pytest.raises(ValueError, match="enters as pixel_values, but image_input_type = 'image_features'"):
+            preparer(front, image_input_type="image_features").prepare([image])
 
 
 # --------------------------------------------------------------------------------------- pictures as people see them
@@ -129,3 +141,13 @@ def test_the_callers_picture_is_left_as_it_was(front):
 def test_a_picture_too_thin_to_scale_is_a_picture_error(front):
     with pytest.raises(PictureError, match="is 25000 times longer than wide"):
         request_image(front, Image.new("RGB", (25_000, 1)))
+
+
+def test_helpers_change_nothing(front):
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    inputs = {"prompt": "<image>", "multi_modal_data": {"image": picture}}
+    alone = request_image(front, picture)
+    with ThreadPoolExecutor(3) as helpers:
+        (request,) = front.processor.process("r", inputs, SamplingParams(), helpers=helpers).requests
+    assert request.images[0].span.image == alone.span.image
+    np.testing.assert_array_equal(request.images[0].array, alone.array, strict=True)

@@ -1,8 +1,15 @@
 import itertools
+import threading
+import time
+import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from dist_vlm.engine import offline_loop
 from dist_vlm.engine.detokenizer import Detokenizer
 from dist_vlm.engine.jobs import jobs_of
 from dist_vlm.engine.offline_loop import OfflineLoop
@@ -26,7 +33,8 @@ class Rig:
         self.core.start()
         self._owner = _Owner()
         ending = weakref.finalize(self._owner, self.core.shutdown)
-        self.loop = OfflineLoop(self.core, front, max_num_seqs=4, ending=ending)
+        self.preparers = ThreadPoolExecutor(2)
+        self.loop = OfflineLoop(self.core, front, max_num_seqs=4, preparers=self.preparers, ending=ending)
 
     def stream(self, prompts, params=GREEDY, priority=0, *, raise_errors=False):
         return self.loop.run(jobs_of(prompts, params, priority), raise_errors=raise_errors)
@@ -273,3 +281,140 @@ def test_lost_ranks_end_the_engine(rig):
     for _ in range(2):
         with pytest.raises(ExecutorError, match="rank 1"):
             made.run(["a", "b"])
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def with_picture(seed):
+    noise = np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    return {"prompt": "<image>", "multi_modal_data": {"image": Image.fromarray(noise)}}
+
+
+@pytest.fixture
+def hold(monkeypatch):
+    """Keeps requests from being prepared: by their ids, each until its event is set, or for some seconds."""
+
+    def hold(made, until):
+        process = made.loop._front.processor.process
+
+        def held(request_id, *args, **more):
+            wait = until.get(request_id)
+            if isinstance(wait, threading.Event):
+                assert wait.wait(10), request_id
+            elif wait:
+                time.sleep(wait)
+            return process(request_id, *args, **more)
+
+        monkeypatch.setattr(made.loop._front.processor, "process", held)
+
+    return hold
+
+
+def test_requests_run_while_later_pictures_are_prepared(rig, hold):
+    made, ended = rig(staging_polls=2), threading.Event()
+    hold(made, {"2": ended, "3": ended})
+    order = []
+    for output in made.stream([with_picture(i) for i in range(4)]):
+        if output.finished:
+            order.append(output.request_id)
+            assert tokens_of(output) == [scripted(output)]
+        if set(order) == {"0", "1"}:
+            ended.set()
+    assert sorted(order[:2]) == ["0", "1"]
+    assert sorted(order) == ["0", "1", "2", "3"]
+    made.check_idle()
+
+
+def test_requests_come_to_the_engine_in_their_order_however_long_each_takes(rig, hold, monkeypatch):
+    prompts = [with_picture(i) if i % 3 else f"prompt number {i}" for i in range(24)]
+    quiet = {key: tokens_of(output) for key, output in rig().run(prompts).items()}
+    made = rig()
+    hold(made, {str(i): 0.004 * (i * 7 % 5) for i in range(24)})
+    add, added = made.core.add, []
+    monkeypatch.setattr(made.core, "add", lambda request: (added.append(request.request_id), add(request)))
+    assert {key: tokens_of(output) for key, output in made.run(prompts).items()} == quiet
+    assert added == [str(i) for i in range(24)]
+    made.check_idle()
+
+
+def test_pictures_are_drawn_as_there_is_room_for_them(rig):
+    made, drawn, ended = rig(), [], []
+
+    def prompts():
+        for number in range(40):
+            drawn.append(number)
+            yield with_picture(number)
+
+    for output in made.stream(prompts()):
+        assert len(drawn) - len(ended) <= 8, "two rounds of slots"
+        if output.finished:
+            ended.append(output.request_id)
+    assert len(ended) == 40
+    made.check_idle()
+
+
+def test_a_picture_that_fails_is_told_in_its_turn(rig, monkeypatch):
+    made = rig()
+    broken = with_picture(1)
+    broken["multi_modal_data"]["image"] = Image.new("RGB", (0, 0))
+    outputs = made.run([with_picture(0), broken, with_picture(2)])
+    assert [outputs[key].error is None for key in "012"] == [True, False, True]
+    assert "has no pixels" in outputs["1"].error
+    with pytest.raises(ValueError, match="has no pixels"):
+        made.run(broken, raise_errors=True)
+    made.check_idle()
+
+
+def test_leaving_early_gives_up_what_is_being_prepared(rig, hold):
+    made, left = rig(), threading.Event()
+    hold(made, {str(i): left for i in range(1, 8)})
+    stream = made.stream([with_picture(i) for i in range(8)])
+    next(stream)
+    stream.close()
+    left.set()
+    made.check_idle()
+    assert tokens_of(made.run([with_picture(9)])["8"])
+    made.preparers.shutdown()
+
+
+def test_a_shutdown_while_a_picture_is_waited_for_says_so(rig, hold):
+    made, shut_down = rig(), threading.Event()
+    hold(made, {"0": shut_down, "1": shut_down})
+
+    def end():
+        made.preparers.shutdown(wait=False, cancel_futures=True)
+        made.loop._ending()
+        shut_down.set()
+
+    alarm = threading.Timer(0.1, end)
+    alarm.start()
+    with pytest.raises(RuntimeError, match="this LLM is shut down"):
+        made.run([with_picture(i) for i in range(8)])
+    alarm.join()
+
+
+@pytest.mark.parametrize(("step_s", "expected"), [(0.004, 1), (0.1, 13), (1.0, 16)])
+def test_letting_requests_in_takes_a_quarter_of_a_step(rig, monkeypatch, step_s, expected):
+    """Each takes 2 ms here. The first 16 find nothing that they could hold up."""
+    made, clock, let_in = rig(), [0.0], [0]
+    made.loop._max_num_seqs = 40
+    monkeypatch.setattr(offline_loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    add, step = made.core.add, made.core.step
+
+    def slow_add(request):
+        clock[0] += 0.002
+        let_in[-1] += 1
+        add(request)
+
+    def slow_step():
+        clock[0] += step_s
+        let_in.append(0)
+        return step()
+
+    monkeypatch.setattr(made.core, "add", slow_add)
+    monkeypatch.setattr(made.core, "step", slow_step)
+    outputs = made.run(["a"] * 60, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    assert len(outputs) == 60
+    assert let_in[0] == 16
+    assert let_in[1:3] == [expected] * 2

@@ -49,7 +49,9 @@ def test_an_answer_is_an_array_of_the_right_shape_that_may_be_written(make: Call
     assert client.prepare("", name="it", timeout_s=WAIT_S).image.array.max() == 0
 
 
-@pytest.mark.parametrize("source", ["babble", "shape 57", "key zz", "key " + "A" * 32, "key " + "0" * 33])
+@pytest.mark.parametrize(
+    "source", ["babble", "shape 57", "kind of pixels", "key zz", "key " + "A" * 32, "key " + "0" * 33]
+)
 def test_an_answer_that_cannot_be_right_loses_the_process(source: str, make: Callable[..., PictureClient]) -> None:
     client = make(*scripted_program())
     client.await_ready(WAIT_S)

@@ -31,7 +31,7 @@ def pair() -> Iterator[tuple[PictureChannel, socket.socket]]:
         messages.Decode("messages[0].content[1]", True, 5),
         messages.Ready(),
         messages.Broken("no file"),
-        messages.Prepared("ab" * 16, (1, 3, 56, 56), 0.25, 0.5, 80, 60),
+        messages.Prepared("ab" * 16, "pixel_values", (1, 3, 56, 56), 0.25, 0.5, 80, 60),
         messages.Refused("image 0: not a picture"),
     ],
 )

@@ -6,6 +6,7 @@ from transformers import AutoProcessor
 
 from dist_vlm.multimodal.image import ImageFeatureData, ImagePixelData
 from dist_vlm.sampling import SamplingParams
+from dist_vlm.workers.coded_pixels import decoded
 
 IMAGE_ID = 32000
 GREEDY = SamplingParams(temperature=0)
@@ -27,8 +28,8 @@ def test_tokens_and_pixels_are_what_transformers_prepares(front, tiny_facts):
     request = process(front, {"prompt": text, "multi_modal_data": {"image": image}})
     assert list(request.prompt_token_ids) == list(reference["input_ids"][0])
     (only,) = request.images
-    assert only.kind == "pixel_values"
-    np.testing.assert_array_equal(only.array, np.asarray(reference["pixel_values"]))
+    assert only.kind == "coded_pixels"
+    np.testing.assert_array_equal(decoded(only.array), np.asarray(reference["pixel_values"]), strict=True)
     assert (only.span.start, only.span.count) == (request.prompt_token_ids.index(IMAGE_ID), 16)
 
 

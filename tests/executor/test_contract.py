@@ -107,6 +107,8 @@ def test_a_block_is_given_again_only_after_its_last_step_was_collected(fake: Fak
         (lambda fake: fake.stage("cat", "pixel_values", PIXELS), "staged twice"),
         (lambda fake: fake.stage("dog", "pixel_values", PIXELS[0]), "of shape"),
         (lambda fake: fake.stage("dog", "pixel_values", PIXELS.astype(np.float64)), "float64"),
+        (lambda fake: fake.stage("dog", "pixel_values", PIXELS.astype(np.uint8)), "uint8"),
+        (lambda fake: fake.stage("dog", "coded_pixels", PIXELS), "float32"),
         (lambda fake: fake.unstage("dog"), "was not staged"),
         (lambda fake: fake.collect(), "no plan submitted"),
         (lambda fake: fake.start(), "executor that is started"),

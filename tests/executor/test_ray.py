@@ -130,6 +130,23 @@ def test_an_image_forgotten_on_its_way_is_not_reported(pair: Pair) -> None:
     assert pair.executor.poll_staged() == []
 
 
+def test_an_image_that_the_object_store_does_not_take_is_reported_and_leaves(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(array: np.ndarray) -> None:
+        raise MemoryError("the store is full")
+
+    pixels = np.ones((1, 3, 2, 2), np.float32)
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "put", put)
+        pair.executor.stage("big", "pixel_values", pixels)
+        assert staged(pair.executor, 1) == [StagedImage("big", "MemoryError: the store is full")]
+    pair.executor.unstage("big")
+    pair.executor.stage("big", "pixel_values", pixels)
+    assert staged(pair.executor, 1) == [StagedImage("big", None)]
+    pair.executor.unstage("big")
+
+
 def test_shutdown_ends_the_rank_and_leaves_the_ray_that_was_there(make_ray_executor: Make, pair: Pair) -> None:
     executor = make_ray_executor(1)
     executor.start()

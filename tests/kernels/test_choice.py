@@ -10,6 +10,7 @@ from dist_vlm.kernels import choice
 from dist_vlm.kernels.choice import IMPLEMENTATIONS, choose
 
 OPS = {
+    "linear",
     "plan_attention",
     "paged_attention",
     "rotary_write_kv",
@@ -24,17 +25,19 @@ OPS = {
 def test_every_op_is_of_the_implementation_named(name) -> None:
     ops = choose(name, torch.device("cpu"))
     assert set(ops.names) == OPS
-    assert all(function == f"{op}_{name}" for op, function in ops.names.items())
+    assert ops.names == {op: f"{op}_{name}" for op in OPS} | {"linear": "linear"}
     assert ops.workspace_bytes > 0
-    assert ops.decode is None
+    assert ops.recorded is None
 
 
-def test_every_op_of_triton_is_in_triton_but_the_attention_of_an_image(device) -> None:
+def test_every_op_of_triton_is_in_triton_but_what_torch_does_as_well(device) -> None:
     ops = choose("triton", device)
-    assert ops.names == {op: f"{op}_triton" for op in OPS} | {"full_attention": "full_attention_torch"}
+    linear = "linear_triton" if device.type == "cuda" else "linear"
+    expected = {op: f"{op}_triton" for op in OPS} | {"full_attention": "full_attention_torch", "linear": linear}
+    assert ops.names == expected
     assert ops.workspace_bytes > 0
-    decode = ops.decode
-    assert [decode.plan.__name__, decode.inputs.__name__, decode.greedy.__name__] == [
+    recorded = ops.recorded
+    assert [recorded.plan_decode.__name__, recorded.decode_inputs.__name__, recorded.greedy.__name__] == [
         "plan_decode_triton",
         "decode_inputs_triton",
         "greedy_triton",

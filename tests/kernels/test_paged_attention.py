@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from .attention_cases import BATCHES, TOLERANCE, make_case, run
 
 from dist_vlm.kernels import paged_attention as op
 from dist_vlm.kernels.paged_attention import (
@@ -15,6 +14,8 @@ from dist_vlm.kernels.paged_attention import (
     plan_attention_reference,
     plan_attention_torch,
 )
+
+from .attention_cases import BATCHES, TOLERANCE, make_case, run
 
 BATCHED = ((plan_attention_torch, paged_attention_torch), (plan_attention_cpp, paged_attention_cpp))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from .attention_cases import BATCHES, TOLERANCE, make_case, run
 
 from dist_vlm.kernels.paged_attention import paged_attention_reference, plan_attention_reference
 from dist_vlm.kernels.paged_attention_triton import (
@@ -13,6 +12,8 @@ from dist_vlm.kernels.paged_attention_triton import (
     plan_attention_triton,
     plan_decode_triton,
 )
+
+from .attention_cases import BATCHES, TOLERANCE, make_case, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter reads the bits of a bfloat16 matrix as integers where it multiplies.

@@ -1,4 +1,7 @@
+import hashlib
+
 import numpy as np
+import pytest
 from PIL import Image
 
 from dist_vlm.media import content_key
@@ -26,3 +29,16 @@ def test_whatever_changes_the_features_changes_the_key():
 def test_an_array_is_named_by_its_values_not_its_strides():
     array = np.arange(12.0).reshape(3, 4)
     assert content_key(array, settings="") == content_key(np.asfortranarray(array), settings="")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "RGBA", "I", "F"])
+@pytest.mark.parametrize("size", [(0, 0), (1, 1), (701, 333), (200_001, 2), (9, 50_001)])
+def test_a_picture_of_many_parts_is_named_by_all_its_bytes(mode, size):
+    """Written out: the settings and the kind, each behind its length, then the bytes."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0]), dtype=np.uint8)
+    picture = Image.fromarray(noise).convert(mode)
+    whole = hashlib.blake2b(digest_size=16)
+    for part in (b"settings", f"{mode} {size[0]}x{size[1]}".encode()):
+        whole.update(len(part).to_bytes(8, "little") + part)
+    whole.update(picture.tobytes())
+    assert content_key(picture, settings="settings") == whole.hexdigest()

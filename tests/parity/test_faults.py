@@ -16,6 +16,7 @@ from dist_vlm.llm import LLM
 from dist_vlm.sampling import SamplingParams
 from dist_vlm.workers import pack as pack_module
 from dist_vlm.workers import runner as runner_module
+from dist_vlm.workers.coded_pixels import decoded
 
 from .cases import noise_cases
 from .test_parity import prompt_of
@@ -25,14 +26,14 @@ PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def plant_in_preprocess(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are prepared several at once: the guilty one is told by its pixels."""
     processor = llm._front.processor._images._processor
-    real, seen = processor.preprocess, []
+    real, guilty = processor.preprocess, noise_cases(with_images=True)[GUILTY].image
 
-    def preprocess(image: Any) -> np.ndarray:
-        seen.append(image)
-        if len(seen) == GUILTY + 1:
+    def preprocess(image: Any, **others: Any) -> np.ndarray:
+        if image == guilty:
             raise MemoryError("planted")
-        return real(image)
+        return real(image, **others)
 
     monkeypatch.setattr(processor, "preprocess", preprocess)
 
@@ -41,7 +42,7 @@ def plant_in_encode(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the batched encode, which does not know whose picture is whose: the guilty one is told by its pixels."""
     vision = runner_of(llm).vision
     cases = noise_cases(with_images=True)
-    guilty = torch.from_numpy(llm._front.processor._images._processor.preprocess(cases[GUILTY].image))
+    guilty = torch.from_numpy(decoded(llm._front.processor._images._processor.preprocess(cases[GUILTY].image)))
     real = vision.encode_pixels
 
     def encode_pixels(pixels: torch.Tensor) -> torch.Tensor:

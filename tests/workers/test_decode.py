@@ -16,7 +16,7 @@ from .test_runner import rank_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = [tuple(range(100 + 37 * slot, 100 + 37 * slot + 3 + 5 * slot)) for slot in range(4)]
-STEPS = 6
+STEPS = 5
 
 
 def make_runner(model: Path, kernels: str, **changes: object) -> Runner:
@@ -56,7 +56,7 @@ def plain(tiny_checkpoint: Path) -> Runner:
     return make_runner(tiny_checkpoint, "torch")
 
 
-@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 3])
 def test_greedy_tokens_are_those_of_the_torch_ops(recorded: Runner, plain: Runner, count: int) -> None:
     samplings = [SamplingRow()] * count
     assert tokens(answers(recorded, samplings)) == tokens(answers(plain, samplings))

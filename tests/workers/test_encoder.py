@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_vlm.workers.coded_pixels import blank_coded, places_of
 from dist_vlm.workers.encoder import NO_MEMORY, NOT_ENCODED, NOT_FINITE, ImageEncoder, StagedImage
 from dist_vlm.workers.models.family import VisionModel
 
@@ -167,3 +168,30 @@ def test_what_is_no_exception_of_an_image_goes_through():
 def test_a_batch_holds_at_least_one_image():
     with pytest.raises(ValueError, match="batch_images = 0: must be at least 1"):
         encoder(Tower(), batch_images=0)
+
+
+def coded(name, value):
+    """A picture of one number, written as the byte 7."""
+    numbers = np.zeros((3, 256), np.float32)
+    numbers[:, 7] = value
+    array = blank_coded(numbers, height=2, width=2)
+    places_of(array)[:] = 7
+    array.flags.writeable = False
+    return StagedImage(name, "coded_pixels", array)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coded_pixels_reach_the_tower_as_what_they_stand_for(dtype):
+    tower = Tower()
+    work = ImageEncoder(vision=tower, dtype=dtype, device=torch.device("cpu"), batch_images=4)
+    done = work.encode([coded("a", 1.5), image("b", 2.0), coded("c", -0.25), coded("d", 3.0)])
+    assert (tower.batches, done.failed) == ([3, 1], {})
+    for name, value in (("a", 1.5), ("b", 2.0), ("c", -0.25), ("d", 3.0)):
+        torch.testing.assert_close(done.features[name], expected(value).to(dtype))
+
+
+def test_coded_pixels_without_a_whole_table_fail_alone():
+    broken = StagedImage("broken", "coded_pixels", np.zeros((1, 3, 511, 2), np.uint8))
+    done = encoder(Tower()).encode([coded("a", 1.0), broken, coded("b", -1.0), coded("c", 2.0)])
+    assert done.failed == {"broken": NOT_ENCODED, "b": NOT_ENCODED}
+    assert sorted(done.features) == ["a", "c"]

@@ -1,6 +1,6 @@
 import torch
 
-from dist_vlm.workers.pack import pack
+from dist_vlm.workers.pack import lay_out, pack
 from dist_vlm.workers.plan import ImageSpan, NewSequence, SamplingRow, Slice
 from dist_vlm.workers.slots import SlotTable
 
@@ -16,7 +16,8 @@ def filled():
 def packed(slots, slices, features):
     for piece in slices:
         slots.append_blocks(piece)
-    return pack(slices, slots=slots, features=features, empty_features=torch.empty(0, 3)).batch
+    layout = lay_out(slices, slots=slots, features=features, width=3)
+    return pack(layout, slices, slots=slots, empty_features=torch.empty(0, 3))
 
 
 def test_a_mixed_batch_by_hand():

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from dist_vlm.workers.rotary import rope_types
+from dist_vlm.workers.rotary import RotaryFrequencies, rope_types
 
 from .models.llava.rig import Driver, build_ranks, llava_config, random_model, random_tokens
 
@@ -121,3 +121,13 @@ def test_old_and_new_spelling_of_the_parameters_are_read_alike(checkpoint, tmp_p
     tokens = random_tokens(26, seed=6)
     new, old = (our_logits(place, tokens, 23, chunk=64) for place in (path, tmp_path))
     assert torch.equal(new, old)
+
+
+def test_a_table_of_positions_changes_nothing(checkpoint) -> None:
+    path, _ = checkpoint
+    sizes = {"head_dim": 2 * HALF, "dtype": torch.float32, "device": torch.device("cpu")}
+    config = fresh_model(path).config.text_config
+    plain, kept = RotaryFrequencies(config, **sizes), RotaryFrequencies(config, **sizes)
+    kept.tabulate(40)
+    positions, lengths = torch.tensor([0, 3, 17, 39]), torch.tensor([4, 4, 18, 40])
+    assert all(torch.equal(*pair) for pair in zip(plain(positions, lengths), kept(positions, lengths), strict=True))

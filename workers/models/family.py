@@ -27,6 +27,9 @@ class LanguageModel(ABC):
 
     module: nn.Module
 
+    def expect_positions(self, num_positions: int) -> None:  # noqa: B027
+        """Told once, before the first forward: every position will be below `num_positions`."""
+
     @abstractmethod
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
         """Writes the batch's keys and values and returns the normed last hidden states of `batch.logits_rows`,
@@ -59,7 +62,7 @@ class ImageProcessor(ABC):
 
     @abstractmethod
     def preprocess(self, image: Image.Image, *, helpers: Executor | None = None) -> np.ndarray:
-        """One RGB picture -> float32 pixel values, shape `image_input_shape`.
+        """One RGB picture -> float32 pixel values, shape `image_input_shape`, or the same as coded pixels (uint8).
 
         helpers: threads that may take parts of the work, as `run_beside` says.
         """

@@ -94,9 +94,12 @@ class LlamaLanguageModel(LanguageModel):
         self.facts = facts
         self.comm = comm
         self.ops = ops
-        self.module = self.shard = Shard(facts, Placement(comm, dtype, device))
+        self.module = self.shard = Shard(facts, Placement(comm, dtype, device, ops.linear))
         self.rotary = RotaryFrequencies(rope_config, head_dim=facts.head_dim, dtype=dtype, device=device)
         self._scale = facts.head_dim**-0.5
+
+    def expect_positions(self, num_positions: int) -> None:
+        self.rotary.tabulate(num_positions)
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         cos, sin = self.rotary(batch.positions[0], batch.rotary_lengths)
@@ -126,12 +129,15 @@ class LlamaLanguageModel(LanguageModel):
         return logits
 
     def _plan_attention(self, batch: Batch, kv_cache: KVCache) -> Any:
-        keys = kv_cache.keys[0]
+        keys, recorded = kv_cache.keys[0], self.ops.recorded
         if batch.decode_slots is not None:
-            assert self.ops.decode is not None
-            return self.ops.decode.plan(
-                batch.decode_slots, batch.context_lens, batch.block_tables, block_size=keys.shape[1]
-            )
+            assert recorded is not None
+            slots, contexts = batch.decode_slots, batch.context_lens
+            return recorded.plan_decode(slots, contexts, batch.block_tables, block_size=keys.shape[1])
+        if batch.tiles is not None:
+            assert recorded is not None
+            num_tokens = batch.token_ids.shape[0]
+            return recorded.plan_tiles(batch.tiles, num_tokens, batch.block_tables, block_size=keys.shape[1])
         return self.ops.plan_attention(
             batch.query_starts,
             batch.context_lens,

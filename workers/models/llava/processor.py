@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dist_vlm.workers.coded_pixels import places_of
 from dist_vlm.workers.models.family import ImageProcessor
 from dist_vlm.workers.models.json_fields import Fields, read_object
 from dist_vlm.workers.models.llava.scaled_crop import scaled_crop
@@ -49,7 +50,8 @@ class PilImageProcessor(ImageProcessor):
         serialized = json.dumps([name, settings], sort_keys=True, default=str).encode()
         self._digest = hashlib.blake2b(serialized, digest_size=16).hexdigest()
         self._scaled_crop = scaled_crop(self._processor)
-        shape = self.preprocess(Image.new("RGB", (8, 5))).shape
+        probe = self.preprocess(Image.new("RGB", (8, 5)))
+        shape = probe.shape if self._scaled_crop is None else places_of(probe).shape
         if shape != output_shape:
             raise CheckpointError(
                 f"{fields.file}: the image processor gives shape {list(shape)}, the vision tower takes"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_vlm.workers.coded_pixels import decoded
 from dist_vlm.workers.models import CheckpointError, get_family, read_spec
 
 
@@ -44,7 +45,7 @@ def expected_pixels(image, size=56):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_the_formula(tiny_facts, size) -> None:
-    actual = processor(tiny_facts).preprocess(picture(*size))
+    actual = decoded(processor(tiny_facts).preprocess(picture(*size)))
     assert (actual.dtype, actual.shape) == (np.float32, (1, 3, 56, 56))
     np.testing.assert_allclose(actual, expected_pixels(picture(*size)), atol=1e-5)
 
@@ -58,7 +59,7 @@ def test_equals_the_auto_image_processor(tiny_facts, size) -> None:
     except ImportError:
         pytest.skip("the auto class of this transformers asks for torchvision")
     expected = auto(images=picture(*size), return_tensors="np")["pixel_values"]
-    assert np.array_equal(processor(tiny_facts).preprocess(picture(*size)), expected)
+    assert np.array_equal(decoded(processor(tiny_facts).preprocess(picture(*size))), expected)
 
 
 def test_settings_inside_processor_config_are_read_too(directory) -> None:
