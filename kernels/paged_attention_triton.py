@@ -291,9 +291,9 @@ def _decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan,
         head_dim=head_dim,
         wide=wide,
         positions=16 if group == 1 else 32 if exact or wide > 128 else 64,
+        stages=3 if group == 1 else 2,
         precision="ieee" if exact else "tf32",
         num_warps=2 if group == 1 else 4,
-        num_stages=3 if group == 1 else 2,
     )
     if parts > 1:
         _join_kernel[(heads, num_seqs)](
@@ -342,6 +342,7 @@ def _decode_kernel(
     head_dim: tl.constexpr,
     wide: tl.constexpr,
     positions: tl.constexpr,
+    stages: tl.constexpr,
     precision: tl.constexpr,
 ):
     """One query head a KV head, which the matrix units would compute sixteen times. Each lane of `positions` has a
@@ -361,13 +362,14 @@ def _decode_kernel(
     best = tl.full((positions,), -1e30, tl.float32)
     weight = tl.zeros((positions,), tl.float32)
     acc = tl.zeros((positions, wide), tl.float32)
-    for start in range(begin, end, positions):
+    # Named here: a launch's number of stages is for loops with matrix products.
+    for start in tl.range(begin, end, positions, num_stages=stages):
         position = start + tl.arange(0, positions)
         inside = position < end
         block = tl.load(table + position // block_size, mask=inside, other=0).to(tl.int64)
         place = (block * block_size + position % block_size) * (kv_heads * head_dim) + head * head_dim
         offsets = place[:, None] + columns[None, :]
-        kv_mask = inside[:, None] & in_head[None, :]
+        kv_mask = inside[:, None] if wide == head_dim else inside[:, None] & in_head[None, :]
         keys = tl.load(key_cache + offsets, mask=kv_mask, other=0.0).to(tl.float32)
         values = tl.load(value_cache + offsets, mask=kv_mask, other=0.0).to(tl.float32)
         scores = tl.where(inside, tl.sum(query[None, :] * keys, 1), float("-inf"))
@@ -417,6 +419,7 @@ def _decode_group_kernel(
     head_dim: tl.constexpr,
     wide: tl.constexpr,
     positions: tl.constexpr,
+    stages: tl.constexpr,
     precision: tl.constexpr,
 ):
     kv_head, index, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -434,7 +437,7 @@ def _decode_group_kernel(
     best = tl.full((group_wide,), float("-inf"), tl.float32)
     weight = tl.zeros((group_wide,), tl.float32)
     acc = tl.zeros((group_wide, wide), tl.float32)
-    for start in range(begin, end, positions):
+    for start in tl.range(begin, end, positions, num_stages=stages):
         position = start + tl.arange(0, positions)
         inside = position < end
         block = tl.load(table + position // block_size, mask=inside, other=0).to(tl.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dist_vlm.workers.pack import PromptRows
 from dist_vlm.workers.plan import (
+    ImageFailure,
     PromptLogprobs,
     SampledTokens,
     Slice,
@@ -59,14 +60,22 @@ class LaunchedStep:
     """A step whose tensors are on their way to the host. See `PendingStep`.
 
     result: the step's result as far as it was known at the launch. device: where the step runs.
+    find_image_failures: tells, once the step has ended, which of the images that it encoded failed after all.
     """
 
     def __init__(
-        self, result: StepResult, computed: Computed, slices: Sequence[Slice], *, device: torch.device
+        self,
+        result: StepResult,
+        computed: Computed | None,
+        slices: Sequence[Slice],
+        *,
+        device: torch.device,
+        find_image_failures: Callable[[], tuple[ImageFailure, ...]] | None = None,
     ) -> None:
         self._result = result
         self._computed = computed
         self._slices = slices
+        self._find_image_failures = find_image_failures
         self._arrived: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._arrived = torch.cuda.Event()
@@ -78,37 +87,43 @@ class LaunchedStep:
     def result(self) -> StepResult:
         if self._arrived is not None:
             self._arrived.synchronize()
+        result = self._result
+        if self._find_image_failures is not None:
+            result = dataclasses.replace(result, image_failures=result.image_failures + self._find_image_failures())
+        return result if self._computed is None else self._completed(result, self._computed)
+
+    def _completed(self, result: StepResult, computed: Computed) -> StepResult:
         failures: dict[int, str] = {}
-        for piece, status in zip(self._slices, self._computed.status.tolist(), strict=True):
+        for piece, status in zip(self._slices, computed.status.tolist(), strict=True):
             for reason, votes in zip(SLOT_FAILURES, status, strict=True):
                 if votes > 0:
                     failures.setdefault(piece.slot, reason)
         return dataclasses.replace(
-            self._result,
-            sampled=self._sampled(failures),
-            prompt_logprobs=self._prompt_logprobs(failures),
+            result,
+            sampled=self._sampled(computed, failures),
+            prompt_logprobs=self._prompt_logprobs(computed, failures),
             slot_failures=tuple(SlotFailure(slot, reason) for slot, reason in failures.items()),
         )
 
-    def _sampled(self, failures: Mapping[int, str]) -> tuple[SampledTokens, ...]:
+    def _sampled(self, computed: Computed, failures: Mapping[int, str]) -> tuple[SampledTokens, ...]:
         sampled = []
         slots = [piece.slot for piece in self._slices if piece.sample]
         logprobs: dict[int, TokenLogprobs] = {}
-        if self._computed.logprobs is not None:
-            asked, pending = self._computed.logprobs
+        if computed.logprobs is not None:
+            asked, pending = computed.logprobs
             logprobs = dict(zip(asked, pending.read(), strict=True))
-        tokens = self._computed.tokens.tolist()
-        if self._computed.rows is not None:
-            tokens = [tokens[row] for row in self._computed.rows]
+        tokens = computed.tokens.tolist()
+        if computed.rows is not None:
+            tokens = [tokens[row] for row in computed.rows]
         for slot, token in zip(slots, tokens, strict=True):
             if slot in failures:
                 continue
             sampled.append(SampledTokens(slot, (token,), (logprobs[slot],) if slot in logprobs else ()))
         return tuple(sampled)
 
-    def _prompt_logprobs(self, failures: Mapping[int, str]) -> tuple[PromptLogprobs, ...]:
+    def _prompt_logprobs(self, computed: Computed, failures: Mapping[int, str]) -> tuple[PromptLogprobs, ...]:
         told = []
-        for rows, parts in self._computed.prompt_logprobs:
+        for rows, parts in computed.prompt_logprobs:
             if rows.slot not in failures:
                 entries: list[TokenLogprobs] = [entry for part in parts for entry in part.read()]
                 told.append(PromptLogprobs(rows.slot, rows.start, tuple(entries)))

@@ -64,15 +64,19 @@ class ImageEncoder:
         self.batch_images = batch_images
         self.num_encoded = 0
 
-    def encode(self, images: Sequence[StagedImage]) -> Encoded:
-        """Encodes images of any kinds. Raises nothing that an image or a lack of memory is the cause of."""
+    def encode(self, images: Sequence[StagedImage], *, is_checked: bool = True) -> Encoded:
+        """Encodes images of any kinds. Raises nothing that an image or a lack of memory is the cause of.
+
+        is_checked: whether features that are not finite fail here; otherwise nobody waits for the device.
+        """
         groups: dict[tuple[str, tuple[int, ...]], list[StagedImage]] = {}
         for image in images:
             groups.setdefault((image.kind, image.array.shape), []).append(image)
         done = Encoded()
         for group in groups.values():
             self._encode_group(group, done)
-        self._fail_what_is_not_finite(done)
+        if is_checked:
+            self._fail_what_is_not_finite(done)
         self.num_encoded += len(done.features)
         return done
 
@@ -104,7 +108,7 @@ class ImageEncoder:
             features = self._forward(run)
             # Copies: rows of one tensor would keep all of it until the last of them is dropped.
             rows = {image.key: part.clone() for image, part in zip(run, features, strict=True)}
-            finite = {key: part.isfinite().all() for key, part in rows.items()}
+            finite = dict(zip(rows, features.isfinite().flatten(1).all(dim=1).unbind(), strict=True))
         except Exception as error:
             _log.warning("encoding of %s failed", ", ".join(image.key for image in run), exc_info=True)
             return error

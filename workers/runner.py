@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -90,6 +91,7 @@ class Runner:
             hidden_size=self.spec.hidden_size,
             batch_images=encoder_batch_images(self.spec, self.config, self.dtype),
             data_parallel=self.config.vision_data_parallel,
+            checks_later=self.device.type == "cuda" and self.comm.world_size == 1,
         )
         num_language, num_vision = _num_parameters(self.language.module), _num_parameters(self.vision.module)
         per_block = block_bytes(**self._cache_shape(), dtype=self.dtype)
@@ -176,9 +178,11 @@ class Runner:
             busy_us=(time.perf_counter_ns() - began) // 1000,
         )
         result = StepResult(plan.step_id, self.config.rank, image_failures=image_failures, counters=counters)
-        if computed is None:
+        check = self.features.take_check()
+        if computed is None and check is None:
             return FinishedStep(result)
-        return LaunchedStep(result, computed, slices, device=self.device)
+        find = None if check is None else partial(self.features.fail, check.to_host())
+        return LaunchedStep(result, computed, slices, device=self.device, find_image_failures=find)
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.release:

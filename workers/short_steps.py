@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 MAX_TOKENS = 1024
 MAX_SLICES = 16
-_SIZE_STEP = 64
+_SIZE_STEP = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from dist_vlm.workers.comm import Communicator
-from dist_vlm.workers.encoder import FAILURE_REASONS, NOT_ENCODED, Encoded, ImageEncoder, StagedImage
+from dist_vlm.workers.encoder import FAILURE_REASONS, NOT_ENCODED, NOT_FINITE, Encoded, ImageEncoder, StagedImage
 from dist_vlm.workers.models.family import VisionModel
 from dist_vlm.workers.plan import ImageFailure
 
@@ -37,12 +38,37 @@ class ImageStore:
             return self._images[key]
 
 
+@dataclass(frozen=True, slots=True)
+class FiniteCheck:
+    """Whether encoded features are finite, which the device still computes.
+
+    features: of each image, by its content key. finite: bool [images], in their order.
+    """
+
+    features: dict[str, torch.Tensor]
+    finite: torch.Tensor
+
+    def to_host(self) -> FiniteCheck:
+        """Enqueues the copy; what is returned may be read once the device has come to here."""
+        return FiniteCheck(self.features, self.finite.to("cpu", non_blocking=True))
+
+    def guilty(self) -> dict[str, torch.Tensor]:
+        """Features that are not finite."""
+        return {
+            key: features
+            for (key, features), is_finite in zip(self.features.items(), self.finite.tolist(), strict=True)
+            if not is_finite
+        }
+
+
 class FeatureStore:
     """Encoded images by content key: tensors [rows, hidden_size], the same on every rank.
 
     batch_images: images that go through the encoder at once, at most.
     data_parallel: whether the images of a call are split over the ranks; each then encodes its share and gets the
         others' features, to the bit. Otherwise, and for a single image, each rank encodes by itself.
+    checks_later: whether features that are not finite are found by `take_check` and `fail`, once the device has come so
+        far, and not by `encode`, which would wait for it. Ranks that have to agree on failures cannot.
     """
 
     def __init__(
@@ -55,7 +81,10 @@ class FeatureStore:
         hidden_size: int,
         batch_images: int,
         data_parallel: bool,
+        checks_later: bool = False,
     ) -> None:
+        if checks_later and comm.world_size > 1:
+            raise ValueError(f"checks_later with world_size = {comm.world_size}: must be one rank")
         self.encoder = ImageEncoder(vision=vision, dtype=dtype, device=device, batch_images=batch_images)
         self.comm = comm
         self.dtype = dtype
@@ -63,6 +92,8 @@ class FeatureStore:
         self.hidden_size = hidden_size
         self.data_parallel = data_parallel
         self.features: dict[str, torch.Tensor] = {}
+        self._checks_later = checks_later
+        self._unchecked: dict[str, torch.Tensor] = {}
 
     @property
     def num_encoded(self) -> int:
@@ -72,6 +103,23 @@ class FeatureStore:
     def drop(self, keys: Sequence[str]) -> None:
         for key in keys:
             self.features.pop(key, None)  # one that failed was never held; the driver may not know yet
+
+    def take_check(self) -> FiniteCheck | None:
+        """Of the images encoded since it was last called; None where there are none."""
+        unchecked, self._unchecked = self._unchecked, {}
+        if not unchecked:
+            return None
+        features = {key: self.features[key] for key in unchecked}
+        return FiniteCheck(features, torch.stack(list(unchecked.values())))
+
+    def fail(self, check: FiniteCheck) -> tuple[ImageFailure, ...]:
+        """Drops what a check that has arrived found guilty."""
+        guilty = check.guilty()
+        for key, features in guilty.items():
+            _log.warning("image %s: its features are not finite numbers", key)
+            if self.features.get(key) is features:
+                del self.features[key]
+        return tuple(ImageFailure(key, NOT_FINITE) for key in guilty)
 
     def encode(self, keys: Sequence[str], images: ImageStore) -> tuple[ImageFailure, ...]:
         """Encodes staged images and returns those that failed on any rank, the same list on every rank.
@@ -93,6 +141,8 @@ class FeatureStore:
             self.features.update(self._gather(keys, good, done))
         else:
             self.features.update({key: done.features[key] for key in good})
+        if self._checks_later:
+            self._unchecked.update({key: done.finite[key] for key in good})
         return tuple(ImageFailure(key, reason) for key, reason in zip(keys, reasons, strict=True) if reason is not None)
 
     def _encode_here(self, keys: Sequence[str], images: ImageStore) -> Encoded:
@@ -103,7 +153,7 @@ class FeatureStore:
             except KeyError:
                 _log.error("image %s is to be encoded, but is not staged", key)
                 missing[key] = NOT_ENCODED
-        done = self.encoder.encode(staged)
+        done = self.encoder.encode(staged, is_checked=not self._checks_later)
         done.failed.update(missing)
         return done
 

@@ -20,7 +20,7 @@ from dist_vlm.sched.scheduler import Scheduler, SchedulerStats, Update
 _log = logging.getLogger(__name__)
 
 # How long the loop sleeps when all there is to do is wait for images to reach the ranks.
-_STAGING_POLL_S = 0.0005
+_STAGING_POLL_S = 0.0002
 
 
 class EngineCore:

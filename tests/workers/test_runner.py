@@ -178,7 +178,7 @@ def test_logits_that_are_not_finite_fail_their_slot_alone(
 ) -> None:
     real = loaded.language.logits
 
-    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+    def poisoned(hidden: torch.Tensor, **_: object) -> torch.Tensor:
         logits = real(hidden)
         logits[1, 3] = float("nan")
         return logits
@@ -238,3 +238,20 @@ def test_a_cached_beginning_gives_the_same_token_as_computing_it(loaded: Runner)
     shared = step(loaded, StepPlan(1, new=(sequence(1, text, ()),), slices=(Slice(1, 16, 4, (3, 5), True),)))
     assert tokens_by_slot(shared)[1] == tokens_by_slot(first)[0]
     step(loaded, StepPlan(2, release=(0, 1)))
+
+
+def test_an_image_found_guilty_when_the_step_has_ended_is_told_and_dropped(
+    loaded: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded.features, "_checks_later", True)
+    loaded.stage("bad", "pixel_values", np.full_like(pixels(0), np.nan))
+    loaded.stage("x", "pixel_values", pixels(0))
+    broken = sequence(0, images=(ImageSpan("bad", 1, 16),))
+    slices = (Slice(0, 0, 19, (0, 1), True), Slice(1, 0, 19, (2, 3), True))
+    result = step(loaded, StepPlan(0, new=(broken, sequence(1)), encode=("bad", "x"), slices=slices))
+    assert [failure.image for failure in result.image_failures] == ["bad"]
+    assert [sampled.slot for sampled in result.sampled] == [1]
+    assert set(loaded.features.features) == {"x"}
+    alone = step(loaded, StepPlan(1, release=(0, 1), encode=("bad",)))
+    assert [failure.image for failure in alone.image_failures] == ["bad"]
+    step(loaded, StepPlan(2, drop_features=("x",)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dist_vlm.kernels.choice import choose
+from dist_vlm.workers.comm import Communicator, single_rank
 from dist_vlm.workers.encoder import NO_MEMORY, NOT_ENCODED, NOT_FINITE
 from dist_vlm.workers.models import get_family, read_spec
 from dist_vlm.workers.models.family import VisionModel
@@ -43,7 +44,7 @@ def run_ranks(world_size, work):
     return on_ranks(comms, lambda rank: work(comms[rank]))
 
 
-def store(comm, tower=None, *, batch_images=4, data_parallel=True):
+def store(comm, tower=None, *, batch_images=4, data_parallel=True, checks_later=False):
     return FeatureStore(
         vision=tower or Tower(),
         comm=comm,
@@ -52,6 +53,7 @@ def store(comm, tower=None, *, batch_images=4, data_parallel=True):
         hidden_size=4,
         batch_images=batch_images,
         data_parallel=data_parallel,
+        checks_later=checks_later,
     )
 
 
@@ -310,3 +312,27 @@ def test_a_gpu_that_is_full_encodes_in_smaller_batches():
     failures, batches, found = run_ranks(1, rank)[0]
     assert failures == () and batches[:2] == [8, 4] and max(batches[2:]) <= 4
     assert found == {f"i{n}": [[24.0 * n] * 4] * 2 for n in range(8)}
+
+
+def test_what_is_not_finite_may_be_found_once_the_device_has_come_so_far():
+    features = store(single_rank(), checks_later=True)
+    assert features.take_check() is None
+    assert features.encode(("good", "bad", "lost"), staged(good=1, bad=np.nan)) == (ImageFailure("lost", NOT_ENCODED),)
+    check = features.take_check()
+    assert check is not None and features.take_check() is None
+    assert features.fail(check.to_host()) == (ImageFailure("bad", NOT_FINITE),)
+    assert set(features.features) == {"good"}
+
+
+def test_a_later_check_leaves_features_alone_that_were_encoded_anew():
+    features = store(single_rank(), checks_later=True)
+    features.encode(("x",), staged(x=np.nan))
+    check = features.take_check()
+    features.encode(("x",), staged(x=1))
+    assert features.fail(check) == (ImageFailure("x", NOT_FINITE),)
+    assert held(features) == {"x": [[24.0] * 4] * 2}
+
+
+def test_ranks_that_must_agree_cannot_check_later():
+    with pytest.raises(ValueError, match="world_size = 2: must be one rank"):
+        store(Communicator(0, 2), checks_later=True)
