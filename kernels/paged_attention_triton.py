@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dist_vlm.kernels.paged_attention import Bounds, check_batch, check_inputs, sequence_bounds
+from dist_vlm.kernels.upload import to_device
 
 # Programs that fill a GPU when it decodes; parts are added until the batch has as many.
 _WANTED_PROGRAMS = 528
@@ -114,8 +115,7 @@ def cut_tiles(pieces: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, in
 
 
 def _upload(rows: Sequence[tuple[int, ...]], width: int, device: torch.device) -> Tensor:
-    table = torch.from_numpy(np.array(rows, dtype=np.int32).reshape(-1, width))
-    return table.to(device, non_blocking=True)
+    return to_device(np.array(rows, dtype=np.int32).reshape(-1, width), device)
 
 
 def paged_attention_triton(

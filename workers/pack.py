@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dist_vlm.kernels.upload import to_device
 from dist_vlm.workers.batch import Batch
 from dist_vlm.workers.plan import Slice
 from dist_vlm.workers.slots import SlotTable
@@ -121,7 +122,7 @@ def pack(layout: Layout, slices: Sequence[Slice], *, slots: SlotTable, empty_fea
     device = slots.token_ids.device
 
     def put(array: np.ndarray | list[int]) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(array, dtype=np.int64)).to(device, non_blocking=True)
+        return to_device(np.array(array, dtype=np.int64), device)
 
     positions, context_lens = put(layout.positions), np.array([context for *_, context in layout.bounds])
     return Batch(

@@ -54,8 +54,8 @@ class SlotTable:
         """Fills a free slot."""
         if self._sequences[new.slot] is not None:
             raise RuntimeError(f"slot {new.slot} is taken")
-        tokens = torch.tensor(new.token_ids, dtype=torch.int64)
-        self.token_ids[new.slot, : len(new.token_ids)] = tokens.to(self.token_ids.device, non_blocking=True)
+        tokens = upload(new.token_ids, torch.int64, self.token_ids.device)
+        self.token_ids[new.slot, : len(new.token_ids)] = tokens
         self._sequences[new.slot] = Sequence(new.num_prompt_tokens, new.images, new.sampling)
         self._num_blocks[new.slot] = 0
 
