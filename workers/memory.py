@@ -81,7 +81,9 @@ def _share(spec: ModelSpec, config: RankConfig) -> int:
 def recorded_bytes(spec: ModelSpec, config: RankConfig, dtype: torch.dtype) -> int:
     """Upper bound of what recorded steps and encodings hold for good: recordings of one kind share their memory."""
     tokens = max(config.max_num_seqs, MAX_TOKENS)
-    step = activation_bytes(spec, dataclasses.replace(config, max_num_batched_tokens=tokens), dtype)
+    # Edits of logits and draws are not recorded.
+    drawn = sampling_bytes(config.max_num_seqs, spec.vocab_size, config.max_model_len)
+    step = activation_bytes(spec, dataclasses.replace(config, max_num_batched_tokens=tokens), dtype) - drawn
     images = 0 if spec.image_activation_size is None else MAX_IMAGES * spec.image_activation_size * dtype.itemsize
     return step + images
 
