@@ -1,11 +1,12 @@
-"""`linear` on a GPU. Of one row it takes as long as the weight takes to be read, which a kernel of its own does at the
-memory's speed; of more rows it is torch's.
+"""`linear` on a GPU. Of few rows it takes as long as the weight takes to be read: kernels of our own read it at more of
+the memory's speed where that was measured; the others are torch's.
 
-    y[n] = sum over k of x[k] * W[n, k] + b[n]        sums in float32, rounded once
+    y[m, n] = sum over k of x[m, k] * W[n, k] + b[n]        sums in float32, rounded once
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
@@ -14,12 +15,34 @@ from torch import Tensor
 # Outputs of a program, and numbers of their rows read together: 64 bytes a thread with 8 warps.
 _OUTPUTS = 4
 _TILE = 2048
+# Most rows that the kernel for few has: the least that matrix units multiply.
+MAX_ROWS = 16
 
 
 def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x may have any leading axes. weight: [out_features, in_features], dense rows."""
-    if x.numel() != weight.shape[1] or not x.is_contiguous() or weight.stride(1) != 1 or x.dtype != weight.dtype:
+    """x may have any leading axes. weight: [out_features, in_features]."""
+    out_features, in_features = weight.shape
+    num_rows = x.numel() // max(1, in_features)
+    if not 0 < num_rows <= MAX_ROWS or not x.is_contiguous() or weight.stride(1) != 1 or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
+    if num_rows == 1:
+        return _one_row(x, weight, bias)
+    tiles = _few_rows_tiles(out_features, in_features)
+    return F.linear(x, weight, bias) if tiles is None else _few_rows(x, weight, bias, *tiles)
+
+
+def _few_rows_tiles(out_features: int, in_features: int) -> tuple[int, int, int] | None:
+    """Outputs of a program, numbers read together and stages; None where torch is as fast.
+
+    By `benchmarks/kernels/few_rows.py`: long weights keep all processors busy with wide programs, small ones need more
+    programs than torch starts; those between are torch's.
+    """
+    if out_features * in_features <= 2**24:
+        return 32, 256, 5
+    return (64, 128, 3) if out_features >= 2**14 else None
+
+
+def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out_features, in_features = weight.shape
     out = x.new_empty((*x.shape[:-1], out_features))
     tile = min(_TILE, triton.next_power_of_2(in_features))
@@ -34,6 +57,28 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         outputs=_OUTPUTS,
         tile=tile,
         num_warps=max(1, tile // 256),
+    )
+    return out
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, tile: int, stages: int) -> Tensor:
+    out_features, in_features = weight.shape
+    out = x.new_empty((*x.shape[:-1], out_features))
+    _few_rows_kernel[(triton.cdiv(out_features, outputs),)](
+        x,
+        weight,
+        bias,
+        out,
+        weight.stride(0),
+        x.numel() // in_features,
+        out_features,
+        in_features=in_features,
+        rows=MAX_ROWS,
+        outputs=outputs,
+        tile=tile,
+        stages=stages,
+        precision="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=4,
     )
     return out
 
@@ -57,3 +102,40 @@ def _one_row_kernel(
     if bias is not None:
         result += tl.load(bias + row, mask=exists, other=0.0).to(tl.float32)
     tl.store(out + row, result.to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _few_rows_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    stride,
+    num_rows,
+    out_features,
+    in_features: tl.constexpr,
+    rows: tl.constexpr,
+    outputs: tl.constexpr,
+    tile: tl.constexpr,
+    stages: tl.constexpr,
+    precision: tl.constexpr,
+):
+    output = tl.program_id(0) * outputs + tl.arange(0, outputs)
+    row = tl.arange(0, rows)
+    column = tl.arange(0, tile)
+    # The weight stands on the left: its rows are many, and those of x the few that the matrix units want on the right.
+    acc = tl.zeros((outputs, rows), tl.float32)
+    weights = weight + output[:, None].to(tl.int64) * stride + column[None, :]
+    numbers = x + row[:, None] * in_features + column[None, :]
+    for start in tl.range(0, in_features, tile, num_stages=stages):
+        weight_mask, mask = (output < out_features)[:, None], (row < num_rows)[:, None]
+        if in_features % tile != 0:
+            inside = (start + column < in_features)[None, :]
+            weight_mask, mask = weight_mask & inside, mask & inside
+        left = tl.load(weights + start, mask=weight_mask, other=0.0)
+        right = tl.load(numbers + start, mask=mask, other=0.0)
+        acc = tl.dot(left, tl.trans(right), acc, input_precision=precision)
+    if bias is not None:
+        acc += tl.load(bias + output, mask=output < out_features, other=0.0).to(tl.float32)[:, None]
+    place = out + row[None, :] * out_features + output[:, None]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=(row < num_rows)[None, :] & (output < out_features)[:, None])
