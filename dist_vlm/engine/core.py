@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ _log = logging.getLogger(__name__)
 
 # How long the loop sleeps when all there is to do is wait for images to reach the ranks.
 _STAGING_POLL_S = 0.0002
+# The books of some ten thousand blocks take milliseconds to be proved one by one.
+_FULL_CHECK_S = 1.0
 
 
 class EngineCore:
@@ -59,6 +62,7 @@ class EngineCore:
         self._images: dict[str, tuple[str, ...]] = {}
         self._last_submitted = -1
         self._last_collected = -1
+        self._checked_at = -math.inf
 
     def start(self) -> ExecutorInfo:
         """Starts the ranks. Raises `StartError`, or `ValueError` if the longest sequence does not fit the KV cache."""
@@ -172,8 +176,16 @@ class EngineCore:
                 outputs.append(self._output(update))
         self._staging.collected(self._last_collected)
         if not self.has_work:
-            self.scheduler.check()
+            self._check_books()
         return outputs
+
+    def _check_books(self) -> None:
+        """The sums whenever there is nothing to do; every block by itself less often, for an answer waits for it."""
+        self.scheduler.check_sums()
+        now = time.monotonic()
+        if now - self._checked_at >= _FULL_CHECK_S:
+            self._checked_at = now
+            self.scheduler.check()
 
     def shutdown(self) -> None:
         self._executor.shutdown()

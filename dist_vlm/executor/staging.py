@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _GROUP = "staging"
+# How long a call waits for the one before it on the same key.
+_ORDER_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class ImageStaging:
         self._actors = actors
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="staging")
         self._sent: dict[str, Future[_Sent]] = {}
+        # The sender's alone: the ranks' answers to the last call that withdrew a key.
+        self._withdrawn: dict[str, list[Future[None]]] = {}
         self._arriving: dict[str, Future[_Sent]] = {}
 
     def stage(self, key: str, kind: StageKind, array: np.ndarray) -> None:
@@ -56,9 +60,9 @@ class ImageStaging:
     def unstage(self, key: str) -> None:
         if key not in self._sent:
             raise ValueError(f"image {key!r} is not staged")
-        del self._sent[key]
+        sent = self._sent.pop(key)
         self._arriving.pop(key, None)
-        self._sender.submit(self._withdraw, key)
+        self._sender.submit(self._withdraw, key, sent)
 
     def close(self) -> None:
         """Sends no more. Waits for what is being sent: where Ray ends meanwhile, a call would start another one."""
@@ -70,13 +74,25 @@ class ImageStaging:
         import ray
 
         ref = ray.put(array)
+        _await(self._withdrawn.pop(key, ()))
         calls = [actor.stage.options(concurrency_group=_GROUP).remote(key, kind, ref) for actor in self._actors]
         return _Sent(ref, [call.future() for call in calls])
 
-    def _withdraw(self, key: str) -> None:
-        """One thread of the rank runs this call and the one before it, in the order they were made."""
-        for actor in self._actors:
-            actor.unstage.options(concurrency_group=_GROUP).remote(key).future().add_done_callback(_log_failure)
+    def _withdraw(self, key: str, sent: Future[_Sent]) -> None:
+        if sent.exception() is None:
+            _await(sent.result().answers)
+        answers = [actor.unstage.options(concurrency_group=_GROUP).remote(key).future() for actor in self._actors]
+        for done in [key for key, old in self._withdrawn.items() if all(answer.done() for answer in old)]:
+            del self._withdrawn[done]
+        self._withdrawn[key] = answers
+        for answer in answers:
+            answer.add_done_callback(_log_failure)
+
+
+def _await(answers: Collection[Future[None]]) -> None:
+    """Ray keeps no order among the calls of a concurrency group, so that a call on a key waits for the one before it. Of
+    a rank that does not answer nothing can be expected anyway."""
+    wait(answers, timeout=_ORDER_S)
 
 
 def _has_ended(sent: Future[_Sent]) -> bool:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dist_vlm.sched.block_pool import BlockPool, BooksError
 from dist_vlm.sched.draft import Draft, Entry, new_sequence
@@ -53,8 +54,7 @@ class SchedulerStats:
     num_hit_images: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """What a commit or an abort changed for one request: new tokens, its end, or both.
 
     logprobs: one for each new token where the request asked for them. prompt_logprobs: those of further prompt tokens.
@@ -164,16 +164,15 @@ class Scheduler:
 
         Each request behind keeps a token of the budget, so that a long prompt does not stop the answers beside it.
         """
-        behind = sum(1 for request in self._running if request.num_missing)
-        for request in self._running:
+        unfinished = [(request, missing) for request in self._running if (missing := request.num_missing)]
+        behind = len(unfinished)
+        for request, missing in unfinished:
             if draft.token_budget == 0:
                 break
             if request.state is not RequestState.RUNNING or request is outranked:
                 continue  # preempted by an older one in this very loop, or to be preempted soon
-            if not request.num_missing:
-                continue
             behind -= 1
-            count = self._affordable(request, draft, max(1, draft.token_budget - max(0, behind)))
+            count = self._affordable(request, draft, min(missing, max(1, draft.token_budget - behind)))
             if count == 0:
                 continue
             if not self._make_room(request, request.num_planned + count):
@@ -195,7 +194,7 @@ class Scheduler:
             if not self._has_blocks(request, cached):
                 return
             request.num_planned = len(cached) * self.pool.block_size
-            count = self._affordable(request, draft, draft.token_budget)
+            count = self._affordable(request, draft, min(request.num_missing, draft.token_budget))
             if count == 0:
                 request.num_planned = 0
                 return
@@ -224,10 +223,11 @@ class Scheduler:
         request.block_ids.extend(cached)
         self.prefix_cache.begin(request, len(cached))
 
-    def _affordable(self, request: Request, draft: Draft, token_budget: int) -> int:
-        """How many positions of the request the budgets allow: cut before an image too many."""
+    def _affordable(self, request: Request, draft: Draft, count: int) -> int:
+        """How many of the request's next `count` positions the budget of images allows: cut before one too many."""
         start = request.num_planned
-        count = min(request.num_missing, token_budget)
+        if start >= request.images_end:
+            return count
         spans = overlapping(request.images, start, start + count)
         for number, span in enumerate(spans, start=1):
             if not self.features.fits(spans[:number]) or not self._can_encode(spans[:number], draft):
@@ -254,11 +254,8 @@ class Scheduler:
         start, end = request.num_planned, request.num_planned + count
         added = self.pool.allocate(max(0, self.pool.blocks_for(end) - len(request.block_ids)))
         request.block_ids.extend(added)
-        spans = overlapping(request.images, start, end)
-        for span in self.features.need(spans, request.request_id):
-            draft.encode.append(span.image)
-            draft.encode_budget -= span.count
-        self.stats.num_image_cuts += sum(span.end > end for span in spans)
+        if start < request.images_end:
+            self._need_images(request, end, draft)
         sample = end == request.num_tokens
         assert request.slot is not None
         draft.take(request, Slice(request.slot, start, count, (*cached, *added), sample))
@@ -266,13 +263,20 @@ class Scheduler:
         request.num_in_flight += 1
         request.num_pending += sample
 
+    def _need_images(self, request: Request, end: int, draft: Draft) -> None:
+        spans = overlapping(request.images, request.num_planned, end)
+        for span in self.features.need(spans, request.request_id):
+            draft.encode.append(span.image)
+            draft.encode_budget -= span.count
+        self.stats.num_image_cuts += sum(span.end > end for span in spans)
+
     def _seal(self, draft: Draft) -> StepPlan:
         # Decided before this plan's own needs end, so nothing it uses is dropped by it.
         drop = self.features.take_droppable()
         plan = StepPlan(
             step_id=self._next_step_id,
             new=tuple(draft.new),
-            slices=tuple(entry.piece for entry in draft.entries),
+            slices=tuple([entry.piece for entry in draft.entries]),
             release=tuple(self._to_release),
             encode=tuple(draft.encode),
             drop_features=drop,
@@ -280,10 +284,11 @@ class Scheduler:
         self._to_release.clear()
         self._in_flight.append((plan.step_id, draft.entries))
         self._next_step_id += 1
-        for entry in draft.entries:
-            self._end_needs(entry.request)
+        for request, piece in draft.entries:
+            if piece.start < request.images_end:
+                self._end_needs(request)
         self.stats.num_steps += 1
-        self.stats.num_scheduled_tokens += plan.num_tokens
+        self.stats.num_scheduled_tokens += self.max_num_batched_tokens - draft.token_budget
         self.stats.num_encoded_images += len(plan.encode)
         return plan
 
@@ -324,7 +329,7 @@ class Scheduler:
         prompt_logprobs = {item.slot: item for item in result.prompt_logprobs}
         slot_failures = {failure.slot: failure.reason for failure in result.slot_failures}
         updates = self._fail_images({failure.image: failure.reason for failure in result.image_failures}, entries)
-        for request, piece in ((entry.request, entry.piece) for entry in entries):
+        for request, piece in entries:
             request.num_in_flight -= 1
             request.num_pending -= piece.sample
             if request.is_finished:
@@ -356,8 +361,10 @@ class Scheduler:
         self, request: Request, piece: Slice, sampled: SampledTokens | None, logprobs: PromptLogprobs | None
     ) -> Update | None:
         """Takes what a slice gave; None if that is nothing a client sees."""
-        told = _untold(request, logprobs)
-        request.num_prompt_logprobs += len(told)
+        told: tuple[TokenLogprobs, ...] = ()
+        if logprobs is not None:
+            told = _untold(request, logprobs)
+            request.num_prompt_logprobs += len(told)
         if piece.sample:
             if sampled is None:
                 raise BooksError(f"{request.request_id}: no token and no failure came for slot {piece.slot}")
@@ -367,19 +374,17 @@ class Scheduler:
 
     def _accept_tokens(self, request: Request, sampled: SampledTokens, told: tuple[TokenLogprobs, ...]) -> Update:
         """Appends sampled tokens up to the one that ends the request."""
-        accepted: list[int] = []
-        end: tuple[FinishReason, int | None] | None = None
+        output, first = request.output_token_ids, len(request.output_token_ids)
         for token in sampled.token_ids:
-            accepted.append(token)
-            request.output_token_ids.append(token)
+            output.append(token)
             if token in request.stop_token_ids:
-                end = ("stop", token)
-            elif len(request.output_token_ids) >= request.max_tokens:
-                end = ("length", None)
-            if end is not None:
-                self._end(request, *end)
+                self._end(request, "stop", token)
                 break
-        return Update(request, tuple(accepted), sampled.logprobs[: len(accepted)], told)
+            if len(output) >= request.max_tokens:
+                self._end(request, "length")
+                break
+        count = len(output) - first
+        return Update(request, sampled.token_ids[:count], sampled.logprobs[:count], told)
 
     # ------------------------------------------------------------------- end
 
@@ -454,6 +459,10 @@ class Scheduler:
         known = {id(request) for request in (*self._waiting, *holders)}
         if known != {id(request) for request in self._requests.values()}:
             raise BooksError("a request is in no queue, or in a queue and forgotten")
+        self.check_sums()
+
+    def check_sums(self) -> None:
+        """The part of `check` that takes no time: raises `BooksError` where nothing is left to do and a block is held."""
         if not self.has_work and (self.pool.num_held or self._leaving):
             raise BooksError(f"idle with {self.pool.num_held} blocks held")
 
@@ -463,10 +472,8 @@ def _images_ahead(request: Request) -> set[str]:
     return {span.image for span in request.images if span.end > request.num_planned}
 
 
-def _untold(request: Request, logprobs: PromptLogprobs | None) -> tuple[TokenLogprobs, ...]:
+def _untold(request: Request, logprobs: PromptLogprobs) -> tuple[TokenLogprobs, ...]:
     """The prompt's log probabilities that are news: a preempted request computes the earlier ones again."""
-    if logprobs is None:
-        return ()
     return logprobs.entries[1 + request.num_prompt_logprobs - logprobs.start :]
 
 

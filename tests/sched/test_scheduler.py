@@ -391,3 +391,11 @@ def test_random_traffic_keeps_the_books_and_ends_each_request_once(
         guilty = any(span.image in failing for span in one.images) or one.stop_reason == "bad slot"
         assert reason != "error" or guilty
     assert rig.scheduler.pool.num_allocatable == num_blocks
+
+
+def test_a_block_that_is_held_while_there_is_nothing_to_do_is_found_by_the_sums_alone() -> None:
+    scheduler = Rig().scheduler
+    scheduler.check_sums()
+    scheduler.pool.allocate(1)
+    with pytest.raises(BooksError, match="idle with 1 blocks held"):
+        scheduler.check_sums()
