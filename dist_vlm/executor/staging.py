@@ -90,8 +90,8 @@ class ImageStaging:
 
 
 def _await(answers: Collection[Future[None]]) -> None:
-    """Ray keeps no order among the calls of a concurrency group, so that a call on a key waits for the one before it. Of
-    a rank that does not answer nothing can be expected anyway."""
+    """Ray keeps no order among the calls of a concurrency group, so a call on a key waits for the one before it. Of a
+    rank that does not answer nothing can be expected anyway."""
     wait(answers, timeout=_ORDER_S)
 
 

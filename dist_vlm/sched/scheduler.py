@@ -462,7 +462,7 @@ class Scheduler:
         self.check_sums()
 
     def check_sums(self) -> None:
-        """The part of `check` that takes no time: raises `BooksError` where nothing is left to do and a block is held."""
+        """The part of `check` that takes no time: `BooksError` where nothing is left to do and a block is held."""
         if not self.has_work and (self.pool.num_held or self._leaving):
             raise BooksError(f"idle with {self.pool.num_held} blocks held")
 
