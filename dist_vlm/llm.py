@@ -153,10 +153,9 @@ class LLM:
         jobs = list(jobs_of(given, sampling_params, priority))
         final: dict[str, RequestOutput] = {}
         with tqdm(total=len(jobs), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            for output in self._loop.run(iter(jobs), raise_errors=not is_batch(given)):
-                if output.finished:
-                    final[output.request_id] = output
-                    bar.update()
+            for output in self._loop.run(iter(jobs), raise_errors=not is_batch(given), only_ends=True):
+                final[output.request_id] = output
+                bar.update()
         return sorted(final.values(), key=lambda output: int(output.request_id))
 
     def stream(

@@ -69,7 +69,21 @@ def decode_inputs_triton(
     return token, mapping, context
 
 
-@triton.jit
+# Read and written a number at a time: a kernel for every batch, however its rows lie.
+@triton.jit(
+    do_not_specialize=[
+        "slots",
+        "positions",
+        "token_ids",
+        "token_stride",
+        "block_tables",
+        "table_stride",
+        "token",
+        "mapping",
+        "context",
+        "num_rows",
+    ]
+)
 def _kernel(
     slots,
     positions,

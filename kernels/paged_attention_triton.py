@@ -26,6 +26,20 @@ _MAX_PARTS = 16
 # float32 numbers that hold the parts of a decoding batch: D + 2 a part and head, of sequences few enough to be split.
 TRITON_WORKSPACE_BYTES = 64 << 20
 _LOG2_E = 1.4426950408889634
+# Arguments of which no kernel is compiled anew: they change from call to call and are read a number at a time. The
+# others' multiples of 16 tell a kernel how much it may read at once.
+_VARYING = (
+    "tokens",
+    "sequences",
+    "contexts",
+    "block_tables",
+    "tiles",
+    "table_stride",
+    "token_step",
+    "sequence_step",
+    "context_step",
+    "parts",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +181,7 @@ def _prefill(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _prefill_kernel(
     q,
     key_cache,
@@ -279,6 +293,7 @@ def _decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan,
         1 if decodes.tokens is None else decodes.tokens.stride(0),
         decodes.sequences.stride(0),
         decodes.contexts.stride(0),
+        parts,
         q.stride(0),
         q.stride(1),
         scale * _LOG2_E,
@@ -286,7 +301,7 @@ def _decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan,
         kv_heads=kv_heads,
         group=group,
         group_wide=max(16, triton.next_power_of_2(group)),
-        parts=parts,
+        is_split=parts > 1,
         block_size=plan.block_size,
         head_dim=head_dim,
         wide=wide,
@@ -301,10 +316,10 @@ def _decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan,
             out,
             decodes.contexts if decodes.tokens is None else decodes.tokens,
             1 if decodes.tokens is None else decodes.tokens.stride(0),
+            parts,
             first_rows=decodes.tokens is None,
             heads=heads,
-            parts=parts,
-            parts_wide=triton.next_power_of_2(parts),
+            parts_wide=_MAX_PARTS,
             head_dim=head_dim,
             wide=wide,
             num_warps=2,
@@ -316,7 +331,7 @@ def num_parts(num_programs: int) -> int:
     return max(1, min(_MAX_PARTS, _WANTED_PROGRAMS // max(1, num_programs)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _decode_kernel(
     q,
     key_cache,
@@ -330,6 +345,7 @@ def _decode_kernel(
     token_step,
     sequence_step,
     context_step,
+    parts,
     q_stride,
     q_head_stride,
     scale,
@@ -337,7 +353,7 @@ def _decode_kernel(
     kv_heads: tl.constexpr,
     group: tl.constexpr,
     group_wide: tl.constexpr,
-    parts: tl.constexpr,
+    is_split: tl.constexpr,
     block_size: tl.constexpr,
     head_dim: tl.constexpr,
     wide: tl.constexpr,
@@ -355,7 +371,7 @@ def _decode_kernel(
     in_head = columns < head_dim
     query = tl.load(q + row * q_stride + head * q_head_stride + columns, mask=in_head, other=0.0).to(tl.float32)
     query *= scale
-    size = tl.cdiv(tl.cdiv(context, parts), positions) * positions
+    size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
     begin = part * size
     end = tl.minimum(begin + size, context)
     # Not minus infinity: the difference of two of them is no number.
@@ -383,7 +399,7 @@ def _decode_kernel(
     factor = tl.exp2(best - highest)
     total = tl.sum(weight * factor, 0)
     result = tl.sum(acc * factor[:, None], 0)
-    if parts == 1:
+    if not is_split:
         result = result / tl.where(total == 0, 1.0, total)
         tl.store(out + (row * kv_heads + head) * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
     else:
@@ -393,7 +409,7 @@ def _decode_kernel(
         tl.store(out + place + head_dim + 1, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _decode_group_kernel(
     q,
     key_cache,
@@ -407,6 +423,7 @@ def _decode_group_kernel(
     token_step,
     sequence_step,
     context_step,
+    parts,
     q_stride,
     q_head_stride,
     scale,
@@ -414,7 +431,7 @@ def _decode_group_kernel(
     kv_heads: tl.constexpr,
     group: tl.constexpr,
     group_wide: tl.constexpr,
-    parts: tl.constexpr,
+    is_split: tl.constexpr,
     block_size: tl.constexpr,
     head_dim: tl.constexpr,
     wide: tl.constexpr,
@@ -431,7 +448,7 @@ def _decode_group_kernel(
     head = kv_head * group + tl.arange(0, group_wide)
     head_mask = (tl.arange(0, group_wide) < group)[:, None] & in_head[None, :]
     queries = tl.load(q + row * q_stride + head[:, None] * q_head_stride + columns[None, :], mask=head_mask, other=0.0)
-    size = tl.cdiv(tl.cdiv(context, parts), positions) * positions
+    size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
     begin = part * size
     end = tl.minimum(begin + size, context)
     best = tl.full((group_wide,), float("-inf"), tl.float32)
@@ -454,7 +471,7 @@ def _decode_group_kernel(
         weight = weight * shrink + tl.sum(shares, 1)
         acc = tl.dot(shares.to(values.dtype), values, acc * shrink[:, None], input_precision=precision)
         best = new_best
-    if parts == 1:
+    if not is_split:
         result = acc / tl.where(weight == 0, 1.0, weight)[:, None]
         place = row * (kv_heads * group * head_dim) + head[:, None] * head_dim + columns[None, :]
         tl.store(out + place, result.to(out.dtype.element_ty), mask=head_mask)
@@ -466,15 +483,15 @@ def _decode_group_kernel(
         tl.store(out + place + head_dim + 1, weight, mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _join_kernel(
     partial,
     out,
     tokens,
     token_step,
+    parts,
     first_rows: tl.constexpr,
     heads: tl.constexpr,
-    parts: tl.constexpr,
     parts_wide: tl.constexpr,
     head_dim: tl.constexpr,
     wide: tl.constexpr,

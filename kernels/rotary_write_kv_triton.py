@@ -74,7 +74,7 @@ def _wide(size: int) -> int:
     return max(1, triton.next_power_of_2(size))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_mapping", "slot_stride", "num_slots"])
 def _rotary_write_kv_kernel(
     q,
     k,

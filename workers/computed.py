@@ -93,11 +93,7 @@ class LaunchedStep:
         return result if self._computed is None else self._completed(result, self._computed)
 
     def _completed(self, result: StepResult, computed: Computed) -> StepResult:
-        failures: dict[int, str] = {}
-        for piece, status in zip(self._slices, computed.status.tolist(), strict=True):
-            for reason, votes in zip(SLOT_FAILURES, status, strict=True):
-                if votes > 0:
-                    failures.setdefault(piece.slot, reason)
+        failures = self._failures(computed.status)
         return dataclasses.replace(
             result,
             sampled=self._sampled(computed, failures),
@@ -105,8 +101,14 @@ class LaunchedStep:
             slot_failures=tuple(SlotFailure(slot, reason) for slot, reason in failures.items()),
         )
 
+    def _failures(self, status: Tensor) -> dict[int, str]:
+        failures: dict[int, str] = {}
+        for piece, votes in zip(self._slices, status.tolist(), strict=True):
+            if any(votes):
+                failures[piece.slot] = next(reason for reason, vote in zip(SLOT_FAILURES, votes, strict=True) if vote)
+        return failures
+
     def _sampled(self, computed: Computed, failures: Mapping[int, str]) -> tuple[SampledTokens, ...]:
-        sampled = []
         slots = [piece.slot for piece in self._slices if piece.sample]
         logprobs: dict[int, TokenLogprobs] = {}
         if computed.logprobs is not None:
@@ -115,11 +117,13 @@ class LaunchedStep:
         tokens = computed.tokens.tolist()
         if computed.rows is not None:
             tokens = [tokens[row] for row in computed.rows]
-        for slot, token in zip(slots, tokens, strict=True):
-            if slot in failures:
-                continue
-            sampled.append(SampledTokens(slot, (token,), (logprobs[slot],) if slot in logprobs else ()))
-        return tuple(sampled)
+        if not failures and not logprobs:
+            return tuple([SampledTokens(slot, (token,)) for slot, token in zip(slots, tokens, strict=True)])
+        return tuple(
+            SampledTokens(slot, (token,), (logprobs[slot],) if slot in logprobs else ())
+            for slot, token in zip(slots, tokens, strict=True)
+            if slot not in failures
+        )
 
     def _prompt_logprobs(self, computed: Computed, failures: Mapping[int, str]) -> tuple[PromptLogprobs, ...]:
         told = []

@@ -95,9 +95,12 @@ class Decoder:
         num_rows = len(slices)
         size = next(size for size in self._sizes if size >= num_rows)
         inputs = np.repeat(self._idle, size, axis=1)
-        for row, piece in enumerate(slices):
-            length = max(self._slots.sequence(piece.slot).num_prompt_tokens, piece.start + 1)
-            inputs[:, row] = piece.slot, piece.start, length
+        num_prompt_tokens = self._slots.num_prompt_tokens
+        inputs[:, :num_rows] = (
+            [piece.slot for piece in slices],
+            [piece.start for piece in slices],
+            [max(num_prompt_tokens[piece.slot], piece.start + 1) for piece in slices],
+        )
         refill(self._inputs[size], inputs)
         table = self._recordings[size].replay()
         if self._device.type == "cuda":  # a replay makes calls that nobody counts

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+# Free memory of a GPU below which a recording first takes what the allocator keeps for nothing.
+_SPARE_BYTES = 1 << 30
 
 
 class Recording(Generic[T]):
@@ -20,13 +25,9 @@ class Recording(Generic[T]):
         self._work = work
         self._graph: torch.cuda.CUDAGraph | None = None
         self.result = work()  # compiles, and lets libraries allocate what a recording may not
-        if device.type != "cuda":
-            return
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads of this process may use the device meanwhile, and must not spoil the recording.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.result = work()
+        if device.type == "cuda":
+            self._graph = torch.cuda.CUDAGraph()
+            self.result = _capture(self._graph, work, pool)
 
     def replay(self) -> T:
         """Enqueues the work."""
@@ -35,3 +36,30 @@ class Recording(Generic[T]):
         else:
             self._graph.replay()
         return self.result
+
+
+def _capture(graph: torch.cuda.CUDAGraph, work: Callable[[], T], pool: Any) -> T:
+    """What `torch.cuda.graph` does, but for giving back all memory that the allocator keeps: on the device and, pinned,
+    on the host. The steps after it would take that anew, which lasts longer than the recording."""
+    torch.cuda.synchronize()
+    if torch.cuda.mem_get_info()[0] < _SPARE_BYTES:
+        torch.cuda.empty_cache()
+    was_collecting = gc.isenabled()
+    gc.disable()  # what it frees could call the device, and spoil the recording
+    try:
+        with torch.cuda.stream(_stream(torch.cuda.current_device())):
+            # Other threads of this process may use the device meanwhile, and must not spoil it either.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                return work()
+            finally:
+                graph.capture_end()
+    finally:
+        if was_collecting:
+            gc.enable()
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The one that work is recorded on: libraries keep memory for each stream they have seen."""
+    return torch.cuda.Stream(device)

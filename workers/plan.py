@@ -3,11 +3,15 @@
 A plan is host-only, free of model names, and a delta: a rank keeps what earlier plans told it. A rank
 applies the fields of one plan in this order: `release`, `drop_features`, `copy_blocks`, `new`, `encode`,
 `slices`.
+
+What a step has one of for every sequence is a named tuple: it is made, written and read several times as fast as a
+dataclass.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,7 @@ class NewSequence:
     sampling: SamplingRow
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """The positions [start, start + count) of one sequence, computed in this step.
 
     A position beyond the tokens told in `NewSequence` holds the token that the slot sampled for it, which
@@ -100,7 +103,7 @@ class Slice:
 
     slot: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # in place of a tuple's method
     block_ids: tuple[int, ...]
     sample: bool
 
@@ -146,8 +149,7 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
+class SampledTokens(NamedTuple):
     """The tokens one slot got in a step: one, or several where a step may confirm several.
 
     logprobs: one a token where the sequence asked for them, else empty.

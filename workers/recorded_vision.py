@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +37,13 @@ class RecordedVision(VisionModel):
         held, recording = self._recordings[shape]
         held.copy_(pixel_values)
         return recording.replay()
+
+    def record(self, counts: Iterable[int], *, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Records batches ahead of the first that is asked for. shape: of one image, [channels, height, width]."""
+        # As an encoder sets it, see there.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=dtype != torch.float32):
+            for count in counts:
+                self.encode_pixels(torch.zeros((count, *shape), dtype=dtype, device=self._device))
 
     def _record(self, pixel_values: Tensor) -> Tensor:
         began = time.perf_counter()

@@ -28,14 +28,16 @@ from dist_vlm.workers.sampler import (
     LogitsProcessor,
     PendingLogprobs,
     SampleRow,
-    is_greedy,
     sample_tokens,
     token_logprobs,
 )
-from dist_vlm.workers.short_steps import ShortSteps
+from dist_vlm.workers.short_steps import MAX_TOKENS, ShortSteps
 from dist_vlm.workers.slots import SlotTable
 from dist_vlm.workers.vision import FeatureStore, ImageStore
 from dist_vlm.workers.weights import open_weights
+
+# Beside a picture: with each of them, up to 31 more are recorded.
+_TEXT_TOKENS = (1, 33, 65, 97)
 
 _log = logging.getLogger(__name__)
 
@@ -82,9 +84,9 @@ class Runner:
             self.family.load_language(self.language, self.spec, source)
             self.family.load_vision(self.vision, self.spec, source)
         peak_bytes = peak.growth_bytes()
-        vision = self.vision if self.ops.recorded is None else RecordedVision(self.vision, device=self.device)
+        self._recorded_vision = None if self.ops.recorded is None else RecordedVision(self.vision, device=self.device)
         self.features = FeatureStore(
-            vision=vision,
+            vision=self._recorded_vision or self.vision,
             comm=self.comm,
             dtype=self.dtype,
             device=self.device,
@@ -128,6 +130,8 @@ class Runner:
             num_blocks=num_blocks, dtype=self.dtype, device=self.device, **self._cache_shape()
         )
         self._record()
+        if self.device.type == "cuda":
+            self._record_ahead()
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=self.device)
         self._no_features = torch.empty((0, self.spec.hidden_size), dtype=self.dtype, device=self.device)
 
@@ -156,6 +160,17 @@ class Runner:
             hidden_size=self.spec.hidden_size,
             dtype=self.dtype,
         )
+
+    def _record_ahead(self) -> None:
+        """Records what a request with one picture and a short text needs, so that the first has not to wait for it."""
+        shape, rows = self.spec.image_input_shape, self.spec.image_feature_size
+        if self._recorded_vision is not None and shape is not None:
+            batch_images = encoder_batch_images(self.spec, self.config, self.dtype)
+            self._recorded_vision.record(range(min(2, batch_images), 0, -1), shape=shape[1:], dtype=self.dtype)
+        if self._short_steps is not None and rows is not None:
+            most = min(MAX_TOKENS - 1, self.config.max_num_batched_tokens, self.config.max_model_len)
+            counts = [rows + text for text in _TEXT_TOKENS if rows + text <= most]
+            self._short_steps.record(reversed(counts))  # the greatest first: the others share its memory
 
     def stage(self, key: str, kind: str, array: np.ndarray) -> None:
         self.images.stage(key, kind, array)
@@ -201,7 +216,7 @@ class Runner:
         Ranks agree on failed images before this, so that they all leave out the same slices; a slot that failed on one
         rank alone is computed on, since the others do not know yet."""
         sequence = self.slots.sequence(piece.slot)
-        if not sequence.failed:
+        if not sequence.failed and piece.start < sequence.images_end:
             end = piece.start + piece.count
             sequence.failed = any(
                 span.image not in self.features.features
@@ -227,9 +242,9 @@ class Runner:
     def _sample_recorded(self, decoded: Decoded, slices: Sequence[Slice]) -> Computed:
         """decoded: a row a slice."""
         sampling = [index for index, piece in enumerate(slices) if piece.sample]
-        rows = [self._sample_row(slices[index]) for index in sampling]
-        if all(is_greedy(row.sampling) for row in rows):
+        if all(self.slots.sequence(slices[index].slot).is_greedy for index in sampling):
             return decoded.to_host(sampling)
+        rows = [self._sample_row(slices[index]) for index in sampling]
         logits = decoded.logits[upload(sampling, torch.int64, self.device)]
         tokens, unsampled = self._sample(logits, rows)
         self.slots.write_sampled([row.slot for row in rows], [row.position for row in rows], tokens)

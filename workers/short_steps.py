@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,17 +87,24 @@ class ShortSteps:
     def launch(self, slices: Sequence[Slice], layout: Layout) -> Decoded:
         """Enqueues a step that fits. Row i of what it computes is that of slice i, and means nothing unless that slice
         samples."""
-        num_tokens = sum(piece.count for piece in slices)
-        size = -(-(num_tokens + 1) // _SIZE_STEP) * _SIZE_STEP  # the last row is always one of no slot
-        if size not in self._recordings:
-            self._recordings[size] = self._make(size)
-        held, recording = self._recordings[size]
+        held, recording = self._recording(sum(piece.count for piece in slices))
         self._fill(held, slices, layout)
         table = recording.replay()
         if self._device.type == "cuda":
             self._comm.count.all_reduce += self._num_collectives[0]
             self._comm.count.all_gather += self._num_collectives[1]
         return Decoded(self._logits[: len(slices)], table)
+
+    def record(self, counts: Iterable[int]) -> None:
+        """Records ahead what steps of so many tokens need."""
+        for count in counts:
+            self._recording(count)
+
+    def _recording(self, num_tokens: int) -> tuple[_Held, Recording[Tensor]]:
+        size = -(-(num_tokens + 1) // _SIZE_STEP) * _SIZE_STEP  # the last row is always one of no slot
+        if size not in self._recordings:
+            self._recordings[size] = self._make(size)
+        return self._recordings[size]
 
     def _make(self, size: int) -> tuple[_Held, Recording[Tensor]]:
         began = time.perf_counter()

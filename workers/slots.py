@@ -10,19 +10,29 @@ import torch
 
 from dist_vlm.kernels.upload import upload
 from dist_vlm.workers.plan import ImageSpan, NewSequence, SamplingRow, Slice
+from dist_vlm.workers.sampler import is_greedy
 
 
 @dataclass(slots=True)
 class Sequence:
     """The part of `NewSequence` that stays on the host.
 
+    images_end: the first position behind all images.
+    is_greedy: see `dist_vlm.workers.sampler.is_greedy`.
     failed: an image it needed could not be encoded; nothing more of it is computed.
     """
 
     num_prompt_tokens: int
     images: tuple[ImageSpan, ...]
     sampling: SamplingRow
+    images_end: int
+    is_greedy: bool
     failed: bool = False
+
+    @classmethod
+    def of(cls, new: NewSequence) -> Sequence:
+        images_end = max((span.end for span in new.images), default=0)
+        return cls(new.num_prompt_tokens, new.images, new.sampling, images_end, is_greedy(new.sampling))
 
 
 class SlotTable:
@@ -35,6 +45,7 @@ class SlotTable:
     block_ids: int64 [num_slots, blocks of max_model_len] on the host: the driver decides them.
     block_tables: the same on the device, int32, with one slot more; what was appended is there after
         `upload_blocks`.
+    num_prompt_tokens: of the sequence that took each slot last.
     idle_slot: the one slot more, which no sequence takes.
     """
 
@@ -47,6 +58,7 @@ class SlotTable:
         shape = (num_slots + 1, self.block_ids.shape[1])
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self._appended: list[tuple[int, int, int]] = []
+        self.num_prompt_tokens = [0] * num_slots
         self._num_blocks = [0] * num_slots
         self._sequences: list[Sequence | None] = [None] * num_slots
 
@@ -56,7 +68,8 @@ class SlotTable:
             raise RuntimeError(f"slot {new.slot} is taken")
         tokens = upload(new.token_ids, torch.int64, self.token_ids.device)
         self.token_ids[new.slot, : len(new.token_ids)] = tokens
-        self._sequences[new.slot] = Sequence(new.num_prompt_tokens, new.images, new.sampling)
+        self._sequences[new.slot] = Sequence.of(new)
+        self.num_prompt_tokens[new.slot] = new.num_prompt_tokens
         self._num_blocks[new.slot] = 0
 
     def release(self, slot: int) -> None:
@@ -72,14 +85,16 @@ class SlotTable:
 
     def append_blocks(self, piece: Slice) -> None:
         """Extends a slot's block table by a slice's blocks."""
-        self.sequence(piece.slot)
-        begin = self._num_blocks[piece.slot]
-        end = begin + len(piece.block_ids)
-        self.block_ids[piece.slot, begin:end] = piece.block_ids
-        self._num_blocks[piece.slot] = end
-        self._appended += [(piece.slot, begin + index, block) for index, block in enumerate(piece.block_ids)]
-        if end * self.block_size < piece.start + piece.count:
-            raise RuntimeError(f"slot {piece.slot}: {end} blocks do not cover {piece.start + piece.count} positions")
+        slot, start, count, block_ids, _ = piece
+        self.sequence(slot)
+        end = self._num_blocks[slot]
+        if block_ids:
+            begin, end = end, end + len(block_ids)
+            self.block_ids[slot, begin:end] = block_ids
+            self._num_blocks[slot] = end
+            self._appended += [(slot, begin + index, block) for index, block in enumerate(block_ids)]
+        if end * self.block_size < start + count:
+            raise RuntimeError(f"slot {slot}: {end} blocks do not cover {start + count} positions")
 
     def write_sampled(self, slots: Seq[int], positions: Seq[int], tokens: torch.Tensor) -> None:
         """Writes each slot's sampled token, int64 [R], at its position."""

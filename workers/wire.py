@@ -1,6 +1,6 @@
-"""msgpack codec of the contract's dataclasses, with a closed schema.
+"""msgpack codec of the contract's dataclasses and named tuples, with a closed schema.
 
-A dataclass crosses as the array of its fields in order; nothing of its class is written, and a reader
+Either crosses as the array of its fields in order; nothing of its class is written, and a reader
 names the class it expects. Whatever does not fit the class's type hints is a `WireError`. Nothing here
 unpickles.
 """
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import msgpack
@@ -24,7 +25,7 @@ class WireError(ValueError):
 
 
 def encode(message: Any) -> bytes:
-    """Packs a dataclass of the contract."""
+    """Packs a dataclass or named tuple of the contract."""
     packed: bytes = msgpack.packb(message, default=_fields_of, use_bin_type=True)
     return packed
 
@@ -47,14 +48,20 @@ def _fields_of(value: Any) -> tuple[Any, ...]:
     return tuple([getattr(value, name) for name in _field_names(cls)])
 
 
-def _only_ints(values: tuple[Any, ...]) -> bool:
+def _are_all(values: Iterable[Any], cls: type) -> bool:
     # A set of types is built in C: an order of magnitude faster than a walk, on what most of a plan is.
-    return set(map(type, values)) <= {int}
+    return set(map(type, values)) <= {cls}
 
 
 @functools.cache
 def _field_names(cls: type) -> tuple[str, ...]:
+    if _is_named_tuple(cls):
+        return tuple(typing.get_type_hints(cls))
     return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def _is_named_tuple(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
 
 
 @functools.cache
@@ -63,6 +70,9 @@ def _reader(hint: Any) -> Callable[[Any], Any]:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _dataclass_reader(typing.cast(type, hint))
+    if _is_named_tuple(hint):
+        read_rows = _rows_reader(hint)
+        return lambda value: read_rows((value,))[0]
     if origin is tuple:
         return _tuple_reader(args)
     if origin is dict:
@@ -87,19 +97,11 @@ def _scalar_reader(hint: type) -> Callable[[Any], Any]:
 
 def _tuple_reader(args: tuple[Any, ...]) -> Callable[[Any], Any]:
     if len(args) == 2 and args[1] is Ellipsis:
-        item = _reader(args[0])
-        if args[0] is int:
-
-            def read_ints(value: Any) -> Any:
-                if type(value) is tuple and _only_ints(value):
-                    return value
-                raise WireError("expected an array of integers")
-
-            return read_ints
+        items = _column_reader(args[0])
 
         def read_many(value: Any) -> Any:
             _expect_array(value)
-            return tuple(item(entry) for entry in value)
+            return items(value) if value else value
 
         return read_many
     readers = tuple(_reader(arg) for arg in args)
@@ -142,6 +144,55 @@ def _dataclass_reader(cls: type) -> Callable[[Any], Any]:
             raise WireError(f"{cls.__name__}: {error}") from None
 
     return read
+
+
+def _rows_reader(cls: type) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Reads many named tuples of one class, field by field."""
+    hints = typing.get_type_hints(cls)
+    readers = tuple(_column_reader(hints[name]) for name in _field_names(cls))
+    make = functools.partial(tuple.__new__, cls)
+
+    def read(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not _are_all(rows, tuple) or not set(map(len, rows)) <= {len(readers)}:
+            for row in rows:
+                _expect_array(row, len(readers))
+        if not rows:
+            return ()
+        try:
+            columns = [reader(column) for reader, column in zip(readers, zip(*rows, strict=True), strict=True)]
+        except WireError as error:
+            raise WireError(f"{cls.__name__}: {error}") from None
+        return tuple(map(make, zip(*columns, strict=True)))
+
+    return read
+
+
+@functools.cache
+def _column_reader(hint: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Reads many values of one type at once."""
+    args = typing.get_args(hint)
+    if _is_named_tuple(hint):
+        return _rows_reader(hint)
+    read = _reader(hint)
+
+    def read_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple([read(value) for value in values])
+
+    if hint in (int, str, bool, bytes):
+        return lambda values: values if _are_all(values, hint) else read_each(values)
+    if typing.get_origin(hint) is tuple and args[1:] == (Ellipsis,):
+        holds_ints = args[0] is int
+
+        def read_arrays(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            if _are_all(values, tuple):
+                if not any(values):  # which these arrays mostly are: empty
+                    return values
+                if holds_ints and _are_all(itertools.chain.from_iterable(values), int):
+                    return values
+            return read_each(values)
+
+        return read_arrays
+    return read_each
 
 
 def _expect_array(value: Any, length: int | None = None) -> None:

@@ -22,6 +22,8 @@ class AnswerLog:
 
     texts: of single tokens, shared by a request's answers; None without detokenizing.
     eos_token_ids: tokens whose stop is reported without a stop_reason.
+    only_end: whether nobody looks at the answer before its end. Without stop strings its text is then made at once
+        when the engine ends it, and it has none if `end` does.
     """
 
     def __init__(
@@ -34,12 +36,14 @@ class AnswerLog:
         texts: TokenTexts | None,
         watch: StopWatch,
         eos_token_ids: Collection[int],
+        only_end: bool = False,
     ) -> None:
         self.answer = answer
         self._params = params
         self._texts = texts
         self._watch = watch
         self._eos_token_ids = eos_token_ids
+        self._holds_text = only_end and not params.stop
         self._detokenizer: Detokenizer | None = None
         if params.detokenize:
             self._detokenizer = Detokenizer(tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
@@ -52,6 +56,9 @@ class AnswerLog:
         """Adds news; returns whether the answer has ended here while the engine goes on with it."""
         if self.answer.finished():
             return False
+        if self._holds_text and news.finish_reason is None and not news.logprobs:
+            self.answer.token_ids += news.new_token_ids
+            return False
         for index, token in enumerate(news.new_token_ids):
             is_stop = news.finish_reason == "stop" and index == len(news.new_token_ids) - 1
             match = self._add(token, news.logprobs[index] if news.logprobs else None, is_stop=is_stop)
@@ -60,7 +67,7 @@ class AnswerLog:
                 return news.finish_reason is None
         if news.finish_reason is not None:
             self._finish(news)
-        elif self._detokenizer is not None:
+        elif self._detokenizer is not None and not self._holds_text:
             self._show(self._watch.num_held)
         return False
 
@@ -80,7 +87,7 @@ class AnswerLog:
                 assert self._params.logprobs is not None
                 view = logprobs_view(token, entry, num_alternatives=self._params.logprobs, texts=self._texts)
                 answer.logprobs.append(view)
-        if self._detokenizer is None or (is_stop and not self._params.include_stop_str_in_output):
+        if self._detokenizer is None or self._holds_text or (is_stop and not self._params.include_stop_str_in_output):
             return None
         piece = self._detokenizer.add(token)
         # A stop token has ended the answer, whatever its text completes.
@@ -101,6 +108,8 @@ class AnswerLog:
         """The engine has ended the answer: what was held back comes out."""
         assert news.finish_reason is not None
         if self._detokenizer is not None:
+            if self._holds_text:
+                self._detokenizer.hold(self._tokens_with_text(news))
             counts = news.finish_reason == "length" and len(self.answer.token_ids) >= self._params.min_tokens
             match = self._read(self._detokenizer.finish(), counts=counts)
             if match is not None:
@@ -108,6 +117,12 @@ class AnswerLog:
                 return
             self._show(0)
         self._end(news.finish_reason, None if news.stop_reason in self._eos_token_ids else news.stop_reason)
+
+    def _tokens_with_text(self, news: EngineOutput) -> list[int]:
+        """All of an answer that these news end, but for a stop token that is not shown."""
+        tokens = self.answer.token_ids
+        has_stop = news.finish_reason == "stop" and bool(news.new_token_ids)
+        return tokens[:-1] if has_stop and not self._params.include_stop_str_in_output else tokens
 
     def _show(self, num_held: int) -> None:
         """Shows the text but for its last characters."""

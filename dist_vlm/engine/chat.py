@@ -194,6 +194,9 @@ class ChatRenderer:
         return DisguisedTokenizer(self._tokenizer, self._special.ids)
 
 
+_KEYS = ("prompt", "prompt_token_ids", "multi_modal_data")
+
+
 class ChatInputs(Mapping[str, Any]):
     """A conversation as a prompt of `dist_vlm.inputs.TextTokensPrompt`.
 
@@ -219,11 +222,14 @@ class ChatInputs(Mapping[str, Any]):
             return {"image": self._renderer.open_images(parse_messages(self._messages))}
         raise KeyError(key)
 
+    def __contains__(self, key: object) -> bool:
+        return key in _KEYS  # a mapping's own would open the pictures to see
+
     def __iter__(self) -> Iterator[str]:
-        return iter(("prompt", "prompt_token_ids", "multi_modal_data"))
+        return iter(_KEYS)
 
     def __len__(self) -> int:
-        return 3
+        return len(_KEYS)
 
 
 def _checked_tools(tools: Any) -> list[Any] | None:

@@ -58,6 +58,10 @@ class Detokenizer:
             self._text += piece
         return piece
 
+    def hold(self, tokens: Sequence[int]) -> None:
+        """Takes the answer's last tokens, whose text nobody waits for: `finish` returns it."""
+        self._token_ids += tokens
+
     def finish(self) -> str:
         """Returns what was held back: an unfinished character becomes U+FFFD, as in decoding the whole."""
         whole = self._decode(self._context + self._token_ids)

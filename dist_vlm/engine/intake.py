@@ -97,5 +97,8 @@ class Intake(Generic[Result]):
 
 
 def _has_pictures(job: Job) -> bool:
-    """Whether preparing it is worth a thread. What it holds is unchecked yet."""
-    return isinstance(job.inputs, Mapping) and job.inputs.get("multi_modal_data") is not None
+    """Whether preparing it may be worth a thread. What it holds is unchecked yet."""
+    if isinstance(job.inputs, dict):
+        return job.inputs.get("multi_modal_data") is not None
+    # Another mapping may have to open its pictures to tell.
+    return isinstance(job.inputs, Mapping) and "multi_modal_data" in job.inputs

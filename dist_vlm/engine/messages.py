@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,8 +44,7 @@ class EngineRequest:
     cache_salt: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOutput:
+class EngineOutput(NamedTuple):
     """News of one request: new tokens, its end, or both.
 
     logprobs: one for each new token where the request asked for them, else empty.

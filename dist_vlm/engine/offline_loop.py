@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Mapping
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 from dist_vlm.engine.core import EngineCore
@@ -64,10 +65,14 @@ class OfflineLoop:
         # What a step told of requests whose run was not the one that asked for the step.
         self._news: deque[EngineOutput] = deque()
 
-    def run(self, jobs: Iterator[Job], *, raise_errors: bool) -> Iterator[RequestOutput]:
-        """Works jobs off and yields their outputs. Several runs may be under way: each step serves all of them."""
+    def run(self, jobs: Iterator[Job], *, raise_errors: bool, only_ends: bool = False) -> Iterator[RequestOutput]:
+        """Works jobs off and yields their outputs. Several runs may be under way: each step serves all of them.
+
+        only_ends: yields each output once, when it is finished; its text need not grow before.
+        """
         mine: dict[str, RequestLog] = {}
-        intake = Intake(jobs, self._prepare, preparers=self._preparers, new_id=lambda: str(next(self._ids)))
+        prepare = partial(self._prepare, only_end=only_ends)
+        intake = Intake(jobs, prepare, preparers=self._preparers, new_id=lambda: str(next(self._ids)))
         try:
             while mine or not intake.is_over:
                 yield from self._submit_some(intake, mine, raise_errors=raise_errors)
@@ -77,7 +82,8 @@ class OfflineLoop:
                     output = self._take(news, mine)
                     if output.error is not None and raise_errors:
                         raise ValueError(f"the request failed: {output.error}")
-                    yield output
+                    if output.finished or not only_ends:
+                        yield output
         finally:
             intake.close()
             for log in {id(log): log for log in mine.values()}.values():
@@ -190,14 +196,20 @@ class OfflineLoop:
                 raise
         return log
 
-    def _prepare(self, request_id: str, job: Job, *, helpers: Executor | None = None) -> _Prepared:
+    def _prepare(
+        self, request_id: str, job: Job, *, helpers: Executor | None = None, only_end: bool = False
+    ) -> _Prepared:
         """For any thread. Raises `ValueError` alone: what else a library raises on a request's data goes to the log."""
         try:
             processed = self._front.processor.process(
                 request_id, job.inputs, job.params, priority=job.priority, helpers=helpers
             )
             return processed, RequestLog(
-                processed, job.params, tokenizer=self._front.tokenizer, eos_token_ids=self._front.spec.eos_token_ids
+                processed,
+                job.params,
+                tokenizer=self._front.tokenizer,
+                eos_token_ids=self._front.spec.eos_token_ids,
+                only_end=only_end,
             )
         except (ValueError, ExecutorError):
             raise

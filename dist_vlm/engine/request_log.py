@@ -25,6 +25,7 @@ class RequestLog:
 
     processors, processors_name: its logits processors, and the name under which the ranks know them; empty without.
     eos_token_ids: tokens whose stop is reported without a stop_reason.
+    only_end: whether nobody looks at the output before its end; see `AnswerLog`.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class RequestLog:
         *,
         tokenizer: PreTrainedTokenizerFast,
         eos_token_ids: Collection[int],
+        only_end: bool = False,
     ) -> None:
         params = params.clone()  # the caller's own may change
         self._params = params
@@ -50,6 +52,7 @@ class RequestLog:
                 texts=self._texts,
                 watch=stop_strings.watch(),
                 eos_token_ids=eos_token_ids,
+                only_end=only_end,
             )
             for index, request in enumerate(processed.requests)
         }
@@ -66,6 +69,7 @@ class RequestLog:
             metrics=self._metrics,
         )
         self._num_preemptions = dict.fromkeys(self._answers, 0)
+        self._first_id = next(iter(self._answers))
         self._in_engine = set(self._answers)
         self._num_open = len(self._answers)
         self.processors_name = processed.requests[0].sampling.processors
@@ -118,11 +122,12 @@ class RequestLog:
         if scheduled is not None and (first is None or scheduled < first):
             metrics.first_scheduled_time = scheduled
             metrics.time_in_queue = scheduled - metrics.arrival_time
-        self.output.num_preemptions += news.num_preemptions - self._num_preemptions[news.request_id]
-        self._num_preemptions[news.request_id] = news.num_preemptions
-        if news.request_id == self.request_ids[0]:
+        if news.num_preemptions:
+            self.output.num_preemptions += news.num_preemptions - self._num_preemptions[news.request_id]
+            self._num_preemptions[news.request_id] = news.num_preemptions
+        if news.num_cached_tokens > self.output.num_cached_tokens and news.request_id == self._first_id:
             # The others find what the first one computed.
-            self.output.num_cached_tokens = max(self.output.num_cached_tokens, news.num_cached_tokens)
+            self.output.num_cached_tokens = news.num_cached_tokens
 
     def _add_prompt_logprobs(self, news: EngineOutput) -> None:
         known, count = self.output.prompt_logprobs, self._params.prompt_logprobs

@@ -77,5 +77,7 @@ class StopWatch:
     @property
     def num_held(self) -> int:
         """How many of the text's last characters may be the beginning of a stop string."""
+        if not self._patterns:
+            return 0
         pairs = zip(self._patterns, self._matched, strict=True)
         return max((pattern.unfinished(matched) for pattern, matched in pairs), default=0)

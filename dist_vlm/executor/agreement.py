@@ -12,13 +12,15 @@ from dist_vlm.workers.plan import StepCounters, StepResult
 
 def agreed(results: Sequence[StepResult], step_id: int) -> StepResult:
     """Rank 0's result, once all are equal but for `rank` and `counters`. Raises `ExecutorError` naming who differs."""
-    answers = [dataclasses.replace(result, rank=0, counters=StepCounters()) for result in results]
-    for rank, (result, answer) in enumerate(zip(results, answers, strict=True)):
-        if result.rank != rank or answer.step_id != step_id:
+    for rank, result in enumerate(results):
+        if result.rank != rank or result.step_id != step_id:
             cause = (
-                f"expected the answer of rank {rank} to step {step_id}, got rank {result.rank}, step {answer.step_id}"
+                f"expected the answer of rank {rank} to step {step_id}, got rank {result.rank}, step {result.step_id}"
             )
             raise ExecutorError("step", cause, rank)
+    if len(results) == 1:
+        return results[0]
+    answers = [dataclasses.replace(result, rank=0, counters=StepCounters()) for result in results]
     if any(answer != answers[0] for answer in answers):
         _raise_disagreement(answers, step_id)
     return results[0]

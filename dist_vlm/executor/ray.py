@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from dist_vlm.executor import placement
+from dist_vlm.executor import ahead, placement
 from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo, StagedImage, StageKind, StartError
 from dist_vlm.executor.deadline import Deadline
 from dist_vlm.executor.heartbeat import Heartbeat
@@ -72,6 +72,7 @@ class RayExecutor(Executor):
         self._runner = runner
         self._transport_class = TRANSPORTS[transport]
         self._cluster = RayCluster()
+        self._ahead: ahead.AheadCompiler | None = None
         self._group: Any = None
         self._actors: list[Any] = []
         self._transport: Transport | None = None
@@ -98,6 +99,8 @@ class RayExecutor(Executor):
 
     def _start(self, deadline: Deadline) -> ExecutorInfo:
         config = self._config
+        if ahead.is_wanted(config, ray_address=self._ray_address):
+            self._ahead = ahead.AheadCompiler(ahead.command(config))
         self._cluster.connect(
             self._ray_address,
             # One more than the ranks take: Ray starts a process for each ahead, and the transport needs one too.
@@ -190,6 +193,9 @@ class RayExecutor(Executor):
         if self._dead is None:
             self._dead = ExecutorError("step", "the executor is shut down")
         self._stop_watching()
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
         # Killed first: closing the transport would wait for a rank that is stuck in a step.
         self._kill_ranks()
         if self._heartbeat is not None:

@@ -53,6 +53,8 @@ class BlockPool:
 
     def allocate(self, count: int) -> tuple[int, ...]:
         """Takes `count` blocks with one holder each. Raises `BooksError` if there are not as many."""
+        if count == 0:
+            return ()
         if count > self.num_allocatable:
             raise BooksError(f"{count} blocks asked for, {self.num_allocatable} free or cached")
         taken = tuple(self._free.popleft() if self._free else self._evict() for _ in range(count))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from dist_vlm.sched.request import Request
 from dist_vlm.workers.plan import NewSequence, Slice
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A slice of a plan, and whose it is."""
 
     request: Request

@@ -30,6 +30,7 @@ class Request:
     cache_salt: KV blocks are shared only with requests of the same salt.
 
     arrival: counts the requests of a scheduler.
+    images_end: the first position behind all images.
     block_digests: of the blocks whose tokens are all known, as far as anybody asked for them.
     num_planned: positions computed by the plans made so far, sent or committed, or found cached.
     num_published: blocks offered to later requests, cached ones included.
@@ -51,6 +52,7 @@ class Request:
     cache_salt: str = ""
 
     arrival: int = 0
+    images_end: int = field(init=False)
     state: RequestState = RequestState.NEW
     output_token_ids: list[int] = field(default_factory=list)
     slot: int | None = None
@@ -67,6 +69,9 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
+    def __post_init__(self) -> None:
+        self.images_end = max((span.end for span in self.images), default=0)
+
     @property
     def num_tokens(self) -> int:
         """Positions that hold a token or will once the plans in flight have run."""
@@ -75,9 +80,10 @@ class Request:
     @property
     def num_missing(self) -> int:
         """Positions still to be computed. A generation's last token is never computed: nothing follows it."""
-        if len(self.output_token_ids) + self.num_pending >= self.max_tokens:
+        num_generated = len(self.output_token_ids) + self.num_pending
+        if num_generated >= self.max_tokens:
             return 0
-        return self.num_tokens - self.num_planned
+        return len(self.prompt_token_ids) + num_generated - self.num_planned
 
     @property
     def order(self) -> tuple[int, int]:

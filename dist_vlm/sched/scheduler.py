@@ -241,7 +241,7 @@ class Scheduler:
     def _make_room(self, request: Request, num_positions: int) -> bool:
         """Frees blocks for the request by preempting the last in line; false if it must wait or was itself the last."""
         needed = self.pool.blocks_for(num_positions) - len(request.block_ids)
-        while self.pool.num_allocatable < needed:
+        while needed > 0 and self.pool.num_allocatable < needed:
             victim = self._running.last
             if victim.num_in_flight:
                 return False
@@ -252,7 +252,8 @@ class Scheduler:
 
     def _append_slice(self, request: Request, count: int, draft: Draft, cached: Sequence[int] = ()) -> None:
         start, end = request.num_planned, request.num_planned + count
-        added = self.pool.allocate(max(0, self.pool.blocks_for(end) - len(request.block_ids)))
+        num_lacking = self.pool.blocks_for(end) - len(request.block_ids)
+        added = self.pool.allocate(num_lacking) if num_lacking > 0 else ()
         request.block_ids.extend(added)
         if start < request.images_end:
             self._need_images(request, end, draft)

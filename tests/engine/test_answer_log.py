@@ -21,7 +21,7 @@ def encode(front):
     return lambda text: front.tokenizer.encode(text, add_special_tokens=False)
 
 
-def log(front, **params):
+def log(front, *, only_end=False, **params):
     values = SamplingParams(**params)
     return AnswerLog(
         CompletionOutput(index=0, text="", token_ids=[]),
@@ -31,6 +31,7 @@ def log(front, **params):
         texts=TokenTexts(front.tokenizer) if values.detokenize else None,
         watch=StopStrings(values.stop).watch(),
         eos_token_ids=(EOS,),
+        only_end=only_end,
     )
 
 
@@ -143,6 +144,46 @@ def test_a_stop_token_that_completes_a_stop_string_has_ended_the_answer_itself(f
     one = log(front, stop=["</s>"], include_stop_str_in_output=True, skip_special_tokens=False)
     fed(one, [*encode("done"), EOS], finish="stop", stop_reason=EOS)
     assert (one.answer.text, one.answer.finish_reason, one.answer.stop_reason) == ("done</s>", "stop", None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(st.sampled_from(f"ab .é{HIEROGLYPH}"), min_size=1, max_size=12), per_step=st.integers(1, 3))
+def test_an_answer_looked_at_only_at_its_end_has_the_text_of_one_that_grew(front, encode, text, per_step):
+    tokens = encode(text)
+    tokens = tokens[: len(tokens) - len(tokens) % 2]  # half a character at the end, at times
+    if not tokens:
+        return
+    late, grown = log(front, only_end=True), log(front)
+    shown, must_abort = fed(late, tokens, per_step=per_step)
+    fed(grown, tokens, per_step=per_step)
+    assert late.answer == grown.answer
+    assert set(shown[:-1]) <= {""} and not must_abort
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_token_of_an_answer_looked_at_only_at_its_end(front, encode, include):
+    params = {"include_stop_str_in_output": include, "skip_special_tokens": False}
+    late, grown = log(front, only_end=True, **params), log(front, **params)
+    for one in (late, grown):
+        fed(one, [*encode("done"), EOS], finish="stop", stop_reason=EOS)
+    assert late.answer == grown.answer
+    assert late.answer.text == ("done</s>" if include else "done")
+
+
+def test_a_stop_string_ends_an_answer_looked_at_only_at_its_end_as_soon_as_it_comes(front, encode):
+    one = log(front, only_end=True, stop=["b"])
+    _, must_abort = fed(one, characters(encode, "abcd"))
+    assert (one.answer.text, one.answer.stop_reason, must_abort) == ("a", "b", True)
+
+
+def test_an_answer_looked_at_only_at_its_end_has_its_log_probabilities(front, encode):
+    tokens = characters(encode, "ab")
+    one = log(front, only_end=True, logprobs=0)
+    for token in tokens:
+        one.take(EngineOutput("7", (token,), logprobs=(TokenLogprobs(-0.5, 1),)))
+    one.take(EngineOutput("7", finish_reason="abort"))
+    assert (one.answer.text, one.answer.token_ids, one.answer.cumulative_logprob) == ("ab", tokens, -1.0)
+    assert [list(view) for view in one.answer.logprobs] == [[token] for token in tokens]
 
 
 def test_a_stop_string_in_the_last_token_allowed_is_found(front, encode):

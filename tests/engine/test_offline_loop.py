@@ -81,6 +81,17 @@ def test_several_answers_are_one_output(rig):
     made.check_idle()
 
 
+def test_only_ends_are_told_on_request(rig):
+    made = rig()
+    prompts, params = ["a", "b", "c"], [GREEDY, SamplingParams(n=2, max_tokens=9, ignore_eos=True), GREEDY]
+    ends = list(made.loop.run(jobs_of(prompts, params, 0), raise_errors=False, only_ends=True))
+    assert sorted(one.request_id for one in ends) == ["0", "1", "2"]
+    assert all(one.finished for one in ends)
+    grown = rig().run(prompts, params)
+    assert {one.request_id: one.outputs for one in ends} == {key: one.outputs for key, one in grown.items()}
+    made.check_idle()
+
+
 def test_more_answers_than_slots(rig):
     made = rig()
     outputs = made.run(["a"], SamplingParams(n=20, max_tokens=6, ignore_eos=True))

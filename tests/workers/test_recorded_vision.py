@@ -41,3 +41,20 @@ def test_great_batches_and_features_go_straight_through() -> None:
         torch.testing.assert_close(vision.encode_pixels(pixels), 2 * pixels)
     assert real.calls == [0, 5, 9]
     torch.testing.assert_close(vision.project_features(torch.ones(2, 3)), 3 * torch.ones(2, 3))
+
+
+def test_batches_recorded_ahead_are_not_recorded_again() -> None:
+    class Noting(Doubling):
+        def encode_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            self.tf32 = torch.backends.cudnn.allow_tf32
+            return super().encode_pixels(pixel_values)
+
+    real = Noting()
+    vision = RecordedVision(real, device=DEVICE)
+    vision.record((2, 1), shape=(3, 4, 4), dtype=torch.float32)
+    assert real.calls == [2, 2, 1, 1] and not real.tf32
+    pixels = torch.randn(2, 3, 4, 4, device=DEVICE)
+    torch.testing.assert_close(vision.encode_pixels(pixels), 2 * pixels)
+    assert real.calls == ([2, 2, 1, 1] if DEVICE.type == "cuda" else [2, 2, 1, 1, 2])
+    vision.record((1,), shape=(3, 4, 4), dtype=torch.bfloat16)
+    assert real.tf32

@@ -86,6 +86,22 @@ def test_a_slice_that_fails_leaves_the_others_alone(recorded: Runner) -> None:
     assert [sampled.slot for sampled in result.sampled] == [1]
 
 
+@torch.inference_mode()
+def test_a_size_recorded_ahead_is_not_recorded_again(
+    recorded: Runner, plain: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = recorded._short_steps
+    assert short is not None
+    short.record([32, 40])
+    monkeypatch.setattr(short, "_make", lambda size: pytest.fail(f"{size} tokens are recorded again"))
+    prompt = tuple(range(7, 7 + 63))
+    plans = [
+        StepPlan(0, new=(sequence(0, prompt, ()),), slices=(Slice(0, 0, 63, (4, 1, 2, 3), True),)),
+        StepPlan(1, release=(0,)),
+    ]
+    assert tokens(run(recorded, plans)) == tokens(run(plain, plans))
+
+
 def test_what_fits(recorded: Runner) -> None:
     short = recorded._short_steps
     assert short is not None

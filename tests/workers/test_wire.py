@@ -95,6 +95,14 @@ def test_a_long_prompt_takes_few_bytes() -> None:
         msgpack.packb([0, [], [], [], [1], [], []]),
         msgpack.packb([0, [], [], [], [], [], [[1, 2, 3]]]),
         msgpack.packb([0, [], [[0, 0, 1, [], 1]], [], [], [], []]),
+        msgpack.packb([0, [], [[0, 0, 1, [], True], [0, 0, 1, [], 1]], [], [], [], []]),
+        msgpack.packb([0, [], [[0, 0, 1, [], True], [0, True, 1, [], True]], [], [], [], []]),
+        msgpack.packb([0, [], [[0, 0, 1, [], True], [0, 0, 1, [], True, 0]], [], [], [], []]),
+        msgpack.packb([0, [], [[0, 0, 1, [], True], [0, 0, 1, []]], [], [], [], []]),
+        msgpack.packb([0, [], [[0, 0, 1, [], True], "abcde"], [], [], [], []]),
+        msgpack.packb([0, [], [[0, 0, 1, [1], True], [0, 0, 1, [None], True]], [], [], [], []]),
+        msgpack.packb([0, [], [[0, 0, 1, [], True], [0, 0, 1, "", True]], [], [], [], []]),
+        msgpack.packb([0, [], {"a": 1}, [], [], [], []]),
         msgpack.packb({"step_id": 0}),
         msgpack.packb([0, [], [], [], [], [], []]) + b"\x00",
         msgpack.packb(msgpack.ExtType(5, b"x")),
@@ -103,6 +111,17 @@ def test_a_long_prompt_takes_few_bytes() -> None:
 def test_anything_else_is_refused(raw: bytes) -> None:
     with pytest.raises(WireError):
         decode(StepPlan, raw)
+
+
+@pytest.mark.parametrize("entry", [None, [0.5, 1, [], [None]], [0.5, 1, []], [0.5, 1.0, [], []]])
+def test_one_wrong_entry_behind_right_ones_is_refused(entry: object) -> None:
+    right = [0.5, 1, [3], [0.25]]
+    sampled = [[0, [5], []], [1, [6], [right]]]
+    raw = [0, 0, [*sampled, [2, [7], [right, entry]]], [], [], [], [0, 0, 0]]
+    with pytest.raises(WireError, match="SampledTokens"):
+        decode(StepResult, msgpack.packb(raw))
+    raw[2] = [*sampled, [2, [7], [right]]]
+    assert decode(StepResult, msgpack.packb(raw)).sampled[2].logprobs == (TokenLogprobs(0.5, 1, (3,), (0.25,)),)
 
 
 def test_what_is_no_dataclass_is_not_written() -> None:

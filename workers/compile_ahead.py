@@ -1,0 +1,208 @@
+"""python -m dist_vlm.workers.compile_ahead CONFIG: compiles what a rank will launch, before there is a rank.
+
+CONFIG: the fields of a `RankConfig`, JSON. A rank's steps are made with tensors that have no memory; the kernels that
+they would launch are compiled into Triton's cache on disk. Nothing depends on it: what a rank misses, it compiles.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dist_vlm.kernels.choice import OpSet, RecordedOps, choose
+from dist_vlm.kernels.compile_only import Launch, compile_driver, compile_for, gpu_capability, launches_told
+from dist_vlm.workers.comm import Communicator
+from dist_vlm.workers.config import RankConfig
+from dist_vlm.workers.decode import Decoder
+from dist_vlm.workers.kv_cache import KVCache
+from dist_vlm.workers.models import ModelFamily, ModelSpec, get_family, read_spec
+from dist_vlm.workers.models.family import LanguageModel
+from dist_vlm.workers.pack import lay_out, pack
+from dist_vlm.workers.plan import NewSequence, SamplingRow, Slice
+from dist_vlm.workers.recorded_vision import MAX_IMAGES
+from dist_vlm.workers.runner import Runner
+from dist_vlm.workers.short_steps import ShortSteps
+from dist_vlm.workers.slots import SlotTable
+
+_DEVICE = torch.device("meta")
+# A kernel takes about half a second, a rank some twenty of them.
+_MAX_PROCESSES = 6
+_PROMPT_TOKENS = 300
+_LIBRARIES = ("libtorch_cuda", "libcublas", "libcublasLt")
+
+
+class ShapesOnly(Communicator):
+    """A group of one process: its collectives return tensors of the right shapes."""
+
+    def __init__(self, config: RankConfig) -> None:
+        super().__init__(rank=config.rank, world_size=config.world_size)
+        self._is_recordable = config.world_size == 1 or not config.share_gpu
+
+    @property
+    def is_recordable(self) -> bool:
+        return self._is_recordable
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return tensor.new_empty((self.world_size, *tensor.shape))
+
+
+@torch.inference_mode()
+def launches_of(config: RankConfig, ops: OpSet) -> list[Launch]:
+    """Every variant of a kernel that a rank of this configuration launches, once. Takes no memory of a GPU."""
+    spec = read_spec(config.model)
+    family = get_family(spec.family)
+    with launches_told() as launches:
+        _encode(config, spec, family, ops)
+        _Rehearsal(config, spec, family, ops).run()
+    return launches
+
+
+def _encode(config: RankConfig, spec: ModelSpec, family: ModelFamily, ops: OpSet) -> None:
+    if spec.image_input_shape is None:
+        return
+    dtype = getattr(torch, config.dtype)
+    vision = family.build_vision(spec, ops=ops, dtype=dtype, device=_DEVICE)
+    for count in range(1, MAX_IMAGES + 1):
+        vision.encode_pixels(torch.empty((count, *spec.image_input_shape[1:]), dtype=dtype, device=_DEVICE))
+
+
+class _Rehearsal:
+    """The kinds of steps that a runner makes, once each."""
+
+    def __init__(self, config: RankConfig, spec: ModelSpec, family: ModelFamily, ops: OpSet) -> None:
+        self._config, self._spec, self._ops = config, spec, ops
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._comm = ShapesOnly(config)
+        self._language: LanguageModel = family.build_language(
+            spec, comm=self._comm, ops=ops, dtype=self._dtype, device=_DEVICE
+        )
+        self._language.expect_positions(config.max_model_len)
+        self._slots = SlotTable(
+            num_slots=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            block_size=config.block_size,
+            device=_DEVICE,
+        )
+        self._kv_cache = KVCache.allocate(
+            num_layers=spec.num_layers,
+            num_blocks=1,
+            block_size=config.block_size,
+            num_kv_heads=max(1, spec.num_kv_heads // config.world_size),
+            head_dim=spec.head_dim,
+            dtype=self._dtype,
+            device=_DEVICE,
+        )
+
+    def run(self) -> None:
+        config = self._config
+        prompt = self._slice(0, min(_PROMPT_TOKENS, config.max_model_len))
+        singles = [self._slice(slot, 1) for slot in range(1, config.max_num_seqs)]
+        if self._ops.recorded is not None and self._comm.is_recordable:
+            self._run_recorded(self._ops.recorded, prompt)
+        for step in ([prompt], singles[:1], [prompt, *singles[:1]], [prompt, *singles]):
+            if step:
+                self._run_plain(step)
+
+    def _slice(self, slot: int, count: int) -> Slice:
+        """The whole of a new sequence."""
+        blocks = (0,) * -(-count // self._config.block_size)
+        piece = Slice(slot, 0, count, blocks, True)
+        self._slots.take(NewSequence(slot, (0,) * count, count, (), SamplingRow()))
+        self._slots.append_blocks(piece)
+        return piece
+
+    def _run_recorded(self, ops: RecordedOps, prompt: Slice) -> None:
+        Decoder(
+            self._language,
+            ops=ops,
+            slots=self._slots,
+            kv_cache=self._kv_cache,
+            comm=self._comm,
+            max_num_seqs=self._config.max_num_seqs,
+            vocab_size=self._spec.vocab_size,
+        ).record()
+        ShortSteps(
+            self._language,
+            ops=ops,
+            slots=self._slots,
+            kv_cache=self._kv_cache,
+            comm=self._comm,
+            vocab_size=self._spec.vocab_size,
+            hidden_size=self._spec.hidden_size,
+            dtype=self._dtype,
+        ).launch([prompt], lay_out([prompt], slots=self._slots, features={}, width=self._spec.hidden_size))
+
+    def _run_plain(self, slices: Sequence[Slice]) -> None:
+        layout = lay_out(slices, slots=self._slots, features={}, width=self._spec.hidden_size)
+        nothing = torch.empty((0, self._spec.hidden_size), dtype=self._dtype, device=_DEVICE)
+        batch = pack(layout, slices, slots=self._slots, empty_features=nothing)
+        self._language.logits(self._language.forward(batch, self._kv_cache))
+
+
+_launches: list[Launch] = []
+
+
+def compile_all(launches: Sequence[Launch], *, processes: int, is_linked: bool = True) -> list[str]:
+    """Compiles in processes that inherit the launches. Returns what went wrong, a traceback each.
+
+    is_linked: whether the CUDA driver is there to link with, see `Launch.compile`.
+    """
+    # Those that take longest first.
+    _launches[:] = sorted(launches, key=lambda launch: -len(launch.kernel.src))
+    compile_one = partial(_compile, is_linked=is_linked)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+        indexes = range(-1 if is_linked else 0, len(launches))
+        return [error for error in pool.map(compile_one, indexes) if error is not None]
+
+
+def _compile(index: int, *, is_linked: bool) -> str | None:
+    """index: of a launch; -1 stands for what all of them need."""
+    try:
+        if index < 0:
+            compile_driver()
+        else:
+            _launches[index].compile(launches=is_linked)
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+def read_ahead(names: Sequence[str]) -> list[str]:
+    """Asks the system to read the libraries of these names that this process has mapped; a rank that takes a GPU looks
+    through them page by page. Returns their paths, and does not wait."""
+    with open("/proc/self/maps", encoding="utf-8") as lines:
+        mapped = {fields[5].strip() for line in lines if len(fields := line.split(maxsplit=5)) == 6}
+    paths = sorted(path for path in mapped if os.path.basename(path).split(".so")[0] in names)
+    for path in paths:
+        with open(path, "rb") as library:
+            os.posix_fadvise(library.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    return paths
+
+
+def main(words: Sequence[str]) -> int:
+    config = RankConfig(**json.loads(words[0]))
+    compile_for(gpu_capability())
+    Runner.preload(config)
+    read_ahead(_LIBRARIES)
+    launches = launches_of(config, choose(config.kernels, config.device))
+    processes = max(1, min(_MAX_PROCESSES, len(os.sched_getaffinity(0)) // 2, len(launches)))
+    errors = compile_all(launches, processes=processes)
+    for error in errors:
+        print(error, file=sys.stderr)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
