@@ -44,7 +44,9 @@ class OneAheadWhenDecoding(Runner):
         right = language.forward
 
         def forward(batch: Batch, kv_cache: KVCache) -> torch.Tensor:
-            ahead = 1 if batch.max_query_len == 1 else 0
+            bounds = batch.bounds or ()
+            decodes = batch.decode_slots is not None or all(end - start == 1 for start, end, _ in bounds)
+            ahead = 1 if decodes else 0
             return right(dataclasses.replace(batch, positions=batch.positions + ahead), kv_cache)
 
         language.forward = forward
