@@ -75,7 +75,7 @@ def test_tokens_equal_transformers(point: Point, num_cases: int, ranks: Ranks, c
     if point.caches == "kept":
         again = llm.generate(prompts, params, use_tqdm=False)
         assert [output.outputs[0].token_ids for output in again] == expected, "with what the first pass left"
-        assert llm.stats.num_hit_tokens > 0
+        assert scarce or llm.stats.num_hit_tokens > 0, "where there is room for one prompt, the next takes it"
     else:
         assert llm.stats.num_hit_tokens == 0
     stats = llm.stats
