@@ -144,6 +144,7 @@ def _triton_ops() -> OpSet:
         greedy_triton,
         linear_triton,
         paged_attention_triton,
+        paged_plan_triton,
         quick_gelu_triton,
         reduce_add_norm_triton,
         rotary_write_kv_triton,
@@ -151,7 +152,7 @@ def _triton_ops() -> OpSet:
     )
 
     return OpSet(
-        plan_attention=paged_attention_triton.plan_attention_triton,
+        plan_attention=paged_plan_triton.plan_attention_triton,
         paged_attention=paged_attention_triton.paged_attention_triton,
         rotary_write_kv=rotary_write_kv_triton.rotary_write_kv_triton,
         # Interpreted, one row's product with a vocabulary takes most of a minute.
@@ -162,9 +163,9 @@ def _triton_ops() -> OpSet:
         reduce_add_norm=reduce_add_norm_triton.reduce_add_norm_triton,
         workspace_bytes=paged_attention_triton.TRITON_WORKSPACE_BYTES,
         recorded=RecordedOps(
-            plan_decode=paged_attention_triton.plan_decode_triton,
-            plan_tiles=paged_attention_triton.plan_tiles_triton,
-            cut_tiles=paged_attention_triton.cut_tiles,
+            plan_decode=paged_plan_triton.plan_decode_triton,
+            plan_tiles=paged_plan_triton.plan_tiles_triton,
+            cut_tiles=paged_plan_triton.cut_tiles,
             decode_inputs=decode_inputs_triton.decode_inputs_triton,
             greedy=greedy_triton.greedy_triton,
         ),

@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from dist_vlm.kernels.paged_attention import paged_attention_reference, plan_attention_reference
-from dist_vlm.kernels.paged_attention_triton import (
-    num_parts,
-    paged_attention_triton,
-    plan_attention_triton,
-    plan_decode_triton,
-)
+from dist_vlm.kernels.paged_attention_triton import paged_attention_triton
+from dist_vlm.kernels.paged_decode_triton import num_parts
+from dist_vlm.kernels.paged_plan_triton import plan_attention_triton, plan_decode_triton
 
 from .attention_cases import BATCHES, TOLERANCE, make_case, run
 

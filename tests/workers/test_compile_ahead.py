@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, KernelInterface, create_function_from_signature
 
-from dist_vlm.kernels import paged_attention_triton
+from dist_vlm.kernels import paged_decode_triton
 from dist_vlm.kernels.choice import OpSet, choose
 from dist_vlm.kernels.compile_only import Launch, launches_told
 from dist_vlm.kernels.linear_triton import linear_triton
@@ -117,7 +117,7 @@ def serve(runner: Runner) -> None:
 
 def test_what_a_rank_launches_is_compiled_ahead(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # So few that batches of this size are cut into parts, and others are not.
-    monkeypatch.setattr(paged_attention_triton, "_WANTED_PROGRAMS", 4)
+    monkeypatch.setattr(paged_decode_triton, "_WANTED_PROGRAMS", 4)
     config = rank_config(tiny_checkpoint, kernels="triton", device="cuda")
     ahead = {key(launch) for launch in launches_of(config, ops_of_a_gpu())}
     with noted() as launched:

@@ -1,0 +1,269 @@
+"""Attention of decoding sequences in Triton, with one query head a KV head and with groups of them.
+
+The positions of a sequence are split into parts that run at the same time where the batch alone would leave the GPU
+idle; a second kernel joins them. Dao et al., "Flash-Decoding", 2023.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dist_vlm.kernels.paged_plan_triton import VARYING, TritonPlan
+
+# Programs that fill a GPU when it decodes; parts are added until the batch has as many.
+_WANTED_PROGRAMS = 528
+_MAX_PARTS = 16
+
+
+def attend_singles(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan, out: Tensor, scale: float
+) -> None:
+    decodes = plan.decodes
+    assert decodes is not None
+    _, heads, head_dim = q.shape
+    kv_heads, num_seqs = key_cache.shape[2], decodes.contexts.shape[0]
+    group = heads // kv_heads
+    wide = triton.next_power_of_2(max(16, head_dim))
+    parts = num_parts(num_seqs * kv_heads)
+    partial = out
+    if parts > 1:
+        partial = torch.empty((num_seqs, heads, parts, head_dim + 2), dtype=torch.float32, device=q.device)
+    exact = q.dtype == torch.float32
+    kernel = _decode_kernel if group == 1 else _decode_group_kernel
+    kernel[(kv_heads, num_seqs, parts)](
+        q,
+        key_cache,
+        value_cache,
+        partial,
+        decodes.contexts if decodes.tokens is None else decodes.tokens,
+        decodes.sequences,
+        decodes.contexts,
+        plan.block_tables,
+        plan.block_tables.stride(0),
+        1 if decodes.tokens is None else decodes.tokens.stride(0),
+        decodes.sequences.stride(0),
+        decodes.contexts.stride(0),
+        parts,
+        q.stride(0),
+        q.stride(1),
+        scale * math.log2(math.e),
+        first_rows=decodes.tokens is None,
+        kv_heads=kv_heads,
+        group=group,
+        group_wide=max(16, triton.next_power_of_2(group)),
+        is_split=parts > 1,
+        block_size=plan.block_size,
+        head_dim=head_dim,
+        wide=wide,
+        positions=16 if group == 1 else 32 if exact or wide > 128 else 64,
+        stages=3 if group == 1 else 2,
+        precision="ieee" if exact else "tf32",
+        num_warps=2 if group == 1 else 4,
+    )
+    if parts > 1:
+        _join_kernel[(heads, num_seqs)](
+            partial,
+            out,
+            decodes.contexts if decodes.tokens is None else decodes.tokens,
+            1 if decodes.tokens is None else decodes.tokens.stride(0),
+            parts,
+            first_rows=decodes.tokens is None,
+            heads=heads,
+            parts_wide=_MAX_PARTS,
+            head_dim=head_dim,
+            wide=wide,
+            num_warps=2,
+        )
+
+
+def num_parts(num_programs: int) -> int:
+    """Parts that the positions of each sequence are cut into, by the programs that there are without."""
+    return max(1, min(_MAX_PARTS, _WANTED_PROGRAMS // max(1, num_programs)))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _decode_kernel(
+    q,
+    key_cache,
+    value_cache,
+    out,
+    tokens,
+    sequences,
+    contexts,
+    block_tables,
+    table_stride,
+    token_step,
+    sequence_step,
+    context_step,
+    parts,
+    q_stride,
+    q_head_stride,
+    scale,
+    first_rows: tl.constexpr,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    group_wide: tl.constexpr,
+    is_split: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    wide: tl.constexpr,
+    positions: tl.constexpr,
+    stages: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """One query head a KV head, which the matrix units would compute sixteen times. Each lane of `positions` has a
+    softmax of its own, so that lanes, which lie in different warps, wait for one another at the end alone."""
+    head, index, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context = tl.load(contexts + index * context_step).to(tl.int32)
+    table = block_tables + tl.load(sequences + index * sequence_step).to(tl.int64) * table_stride
+    row = index.to(tl.int64) if first_rows else tl.load(tokens + index * token_step).to(tl.int64)
+    columns = tl.arange(0, wide)
+    in_head = columns < head_dim
+    query = tl.load(q + row * q_stride + head * q_head_stride + columns, mask=in_head, other=0.0).to(tl.float32)
+    query *= scale
+    size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
+    begin = part * size
+    end = tl.minimum(begin + size, context)
+    # Not minus infinity: the difference of two of them is no number.
+    best = tl.full((positions,), -1e30, tl.float32)
+    weight = tl.zeros((positions,), tl.float32)
+    acc = tl.zeros((positions, wide), tl.float32)
+    # Named here: a launch's number of stages is for loops with matrix products.
+    for start in tl.range(begin, end, positions, num_stages=stages):
+        position = start + tl.arange(0, positions)
+        inside = position < end
+        block = tl.load(table + position // block_size, mask=inside, other=0).to(tl.int64)
+        place = (block * block_size + position % block_size) * (kv_heads * head_dim) + head * head_dim
+        offsets = place[:, None] + columns[None, :]
+        kv_mask = inside[:, None] if wide == head_dim else inside[:, None] & in_head[None, :]
+        keys = tl.load(key_cache + offsets, mask=kv_mask, other=0.0).to(tl.float32)
+        values = tl.load(value_cache + offsets, mask=kv_mask, other=0.0).to(tl.float32)
+        scores = tl.where(inside, tl.sum(query[None, :] * keys, 1), float("-inf"))
+        new_best = tl.maximum(best, scores)
+        shrink = tl.exp2(best - new_best)
+        shares = tl.exp2(scores - new_best)
+        weight = weight * shrink + shares
+        acc = acc * shrink[:, None] + shares[:, None] * values
+        best = new_best
+    highest = tl.max(best, 0)
+    factor = tl.exp2(best - highest)
+    total = tl.sum(weight * factor, 0)
+    result = tl.sum(acc * factor[:, None], 0)
+    if not is_split:
+        result = result / tl.where(total == 0, 1.0, total)
+        tl.store(out + (row * kv_heads + head) * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
+    else:
+        place = ((index.to(tl.int64) * kv_heads + head) * parts + part) * (head_dim + 2)
+        tl.store(out + place + columns, result, mask=in_head)
+        tl.store(out + place + head_dim, highest)
+        tl.store(out + place + head_dim + 1, total)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _decode_group_kernel(
+    q,
+    key_cache,
+    value_cache,
+    out,
+    tokens,
+    sequences,
+    contexts,
+    block_tables,
+    table_stride,
+    token_step,
+    sequence_step,
+    context_step,
+    parts,
+    q_stride,
+    q_head_stride,
+    scale,
+    first_rows: tl.constexpr,
+    kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    group_wide: tl.constexpr,
+    is_split: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    wide: tl.constexpr,
+    positions: tl.constexpr,
+    stages: tl.constexpr,
+    precision: tl.constexpr,
+):
+    kv_head, index, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context = tl.load(contexts + index * context_step).to(tl.int32)
+    table = block_tables + tl.load(sequences + index * sequence_step).to(tl.int64) * table_stride
+    row = index.to(tl.int64) if first_rows else tl.load(tokens + index * token_step).to(tl.int64)
+    columns = tl.arange(0, wide)
+    in_head = columns < head_dim
+    head = kv_head * group + tl.arange(0, group_wide)
+    head_mask = (tl.arange(0, group_wide) < group)[:, None] & in_head[None, :]
+    queries = tl.load(q + row * q_stride + head[:, None] * q_head_stride + columns[None, :], mask=head_mask, other=0.0)
+    size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
+    begin = part * size
+    end = tl.minimum(begin + size, context)
+    best = tl.full((group_wide,), float("-inf"), tl.float32)
+    weight = tl.zeros((group_wide,), tl.float32)
+    acc = tl.zeros((group_wide, wide), tl.float32)
+    for start in tl.range(begin, end, positions, num_stages=stages):
+        position = start + tl.arange(0, positions)
+        inside = position < end
+        block = tl.load(table + position // block_size, mask=inside, other=0).to(tl.int64)
+        place = (block * block_size + position % block_size) * (kv_heads * head_dim) + kv_head * head_dim
+        offsets = place[:, None] + columns[None, :]
+        kv_mask = inside[:, None] & in_head[None, :]
+        keys = tl.load(key_cache + offsets, mask=kv_mask, other=0.0)
+        values = tl.load(value_cache + offsets, mask=kv_mask, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=precision) * scale
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        shrink = tl.exp2(best - new_best)
+        shares = tl.exp2(scores - new_best[:, None])
+        weight = weight * shrink + tl.sum(shares, 1)
+        acc = tl.dot(shares.to(values.dtype), values, acc * shrink[:, None], input_precision=precision)
+        best = new_best
+    if not is_split:
+        result = acc / tl.where(weight == 0, 1.0, weight)[:, None]
+        place = row * (kv_heads * group * head_dim) + head[:, None] * head_dim + columns[None, :]
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=head_mask)
+    else:
+        place = ((index.to(tl.int64) * (kv_heads * group) + head) * parts + part) * (head_dim + 2)
+        in_group = tl.arange(0, group_wide) < group
+        tl.store(out + place[:, None] + columns[None, :], acc, mask=head_mask)
+        tl.store(out + place + head_dim, best, mask=in_group)
+        tl.store(out + place + head_dim + 1, weight, mask=in_group)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _join_kernel(
+    partial,
+    out,
+    tokens,
+    token_step,
+    parts,
+    first_rows: tl.constexpr,
+    heads: tl.constexpr,
+    parts_wide: tl.constexpr,
+    head_dim: tl.constexpr,
+    wide: tl.constexpr,
+):
+    head, index = tl.program_id(0), tl.program_id(1)
+    row = index.to(tl.int64) if first_rows else tl.load(tokens + index * token_step).to(tl.int64)
+    part = tl.arange(0, parts_wide)
+    columns = tl.arange(0, wide)
+    in_head = columns < head_dim
+    place = ((index.to(tl.int64) * heads + head) * parts + part) * (head_dim + 2)
+    exists = part < parts
+    best = tl.load(partial + place + head_dim, mask=exists, other=float("-inf"))
+    weight = tl.load(partial + place + head_dim + 1, mask=exists, other=0.0)
+    acc = tl.load(partial + place[:, None] + columns[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
+    highest = tl.max(best, 0)
+    # A row without positions has no highest score, and its parts weigh nothing.
+    factor = tl.where(weight == 0, 0.0, tl.exp2(best - highest))
+    total = tl.sum(weight * factor, 0)
+    result = tl.sum(acc * factor[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(out + row * (heads * head_dim) + head * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
