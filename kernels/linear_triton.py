@@ -34,8 +34,8 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _few_rows_tiles(out_features: int, in_features: int) -> tuple[int, int, int] | None:
     """Outputs of a program, numbers read together and stages; None where torch is as fast.
 
-    By `benchmarks/kernels/few_rows.py`: long weights keep all processors busy with wide programs, small ones need more
-    programs than torch starts; those between are torch's.
+    By benchmarks/results/2026-11-25-h100-tuning.json, which knows a 7B model's shapes on an H100; measure others with
+    `benchmarks/kernels/few_rows.py`.
     """
     if out_features * in_features <= 2**24:
         return 32, 256, 5

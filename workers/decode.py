@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -77,18 +78,13 @@ class Decoder:
         self._logits = torch.empty((max_num_seqs, vocab_size), dtype=torch.float32, device=device)
         self._no_rows = torch.empty(0, dtype=torch.int64, device=device)
         self._recordings: dict[int, Recording[Tensor]] = {}
-        self._num_collectives = (0, 0)
 
     def record(self) -> None:
         """Records all sizes, the greatest first: the others then share its memory."""
         pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         for size in reversed(self._sizes):
-            before = self._comm.count.all_reduce, self._comm.count.all_gather
-            recording = Recording(lambda size=size: self._step(size), device=self._device, pool=pool)  # type: ignore[misc]
-            calls = 2 if self._device.type == "cuda" else 1
-            after = self._comm.count.all_reduce, self._comm.count.all_gather
-            self._num_collectives = (after[0] - before[0]) // calls, (after[1] - before[1]) // calls
-            self._recordings[size] = recording
+            work = partial(self._step, size)
+            self._recordings[size] = Recording(work, device=self._device, pool=pool, count=self._comm.count)
 
     def launch(self, slices: Sequence[Slice]) -> Decoded:
         """Enqueues a step. slices: of one token each, all of them sampling."""
@@ -102,11 +98,7 @@ class Decoder:
             [max(num_prompt_tokens[piece.slot], piece.start + 1) for piece in slices],
         )
         refill(self._inputs[size], inputs)
-        table = self._recordings[size].replay()
-        if self._device.type == "cuda":  # a replay makes calls that nobody counts
-            self._comm.count.all_reduce += self._num_collectives[0]
-            self._comm.count.all_gather += self._num_collectives[1]
-        return Decoded(self._logits[:num_rows], table)
+        return Decoded(self._logits[:num_rows], self._recordings[size].replay())
 
     def _step(self, size: int) -> Tensor:
         """int64 [1 + failures, size]: the likeliest tokens, and the status."""

@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from dist_vlm.workers.comm import CollectiveCount
+
 T = TypeVar("T")
 
 # Free memory of a GPU below which a recording first takes what the allocator keeps for nothing.
@@ -19,15 +21,27 @@ class Recording(Generic[T]):
     """`work` over fixed tensors, which `replay` does again; what it returned is filled anew each time.
 
     pool: memory that recordings share which never run at the same time; None for memory of its own.
+    count: of the group whose collectives are part of the work; a replay counts those that it makes.
     """
 
-    def __init__(self, work: Callable[[], T], *, device: torch.device, pool: Any = None) -> None:
+    def __init__(
+        self,
+        work: Callable[[], T],
+        *,
+        device: torch.device,
+        pool: Any = None,
+        count: CollectiveCount | None = None,
+    ) -> None:
         self._work = work
+        self._count = CollectiveCount() if count is None else count
         self._graph: torch.cuda.CUDAGraph | None = None
         self.result = work()  # compiles, and lets libraries allocate what a recording may not
         if device.type == "cuda":
             self._graph = torch.cuda.CUDAGraph()
+            made = self._count.all_reduce, self._count.all_gather
             self.result = _capture(self._graph, work, pool)
+            self._all_reduces, self._all_gathers = self._count.all_reduce - made[0], self._count.all_gather - made[1]
+            self._count.all_reduce, self._count.all_gather = made  # recorded, not made
 
     def replay(self) -> T:
         """Enqueues the work."""
@@ -35,6 +49,8 @@ class Recording(Generic[T]):
             self.result = self._work()
         else:
             self._graph.replay()
+            self._count.all_reduce += self._all_reduces
+            self._count.all_gather += self._all_gathers
         return self.result
 
 

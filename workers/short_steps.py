@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -78,7 +79,6 @@ class ShortSteps:
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._logits = torch.empty((MAX_SLICES, vocab_size), dtype=torch.float32, device=self._device)
         self._recordings: dict[int, tuple[_Held, Recording[Tensor]]] = {}
-        self._num_collectives = (0, 0)
 
     def fits(self, slices: Sequence[Slice]) -> bool:
         num_tokens = sum(piece.count for piece in slices)
@@ -89,11 +89,7 @@ class ShortSteps:
         samples."""
         held, recording = self._recording(sum(piece.count for piece in slices))
         self._fill(held, slices, layout)
-        table = recording.replay()
-        if self._device.type == "cuda":
-            self._comm.count.all_reduce += self._num_collectives[0]
-            self._comm.count.all_gather += self._num_collectives[1]
-        return Decoded(self._logits[: len(slices)], table)
+        return Decoded(self._logits[: len(slices)], recording.replay())
 
     def record(self, counts: Iterable[int]) -> None:
         """Records ahead what steps of so many tokens need."""
@@ -120,11 +116,8 @@ class ShortSteps:
         )
         refill(held.tokens, self._idle_tokens(size))
         refill(held.samples, self._idle_samples(size))
-        before = self._comm.count.all_reduce, self._comm.count.all_gather
-        recording = Recording(lambda: self._step(held), device=self._device, pool=self._pool)
-        calls = 2 if self._device.type == "cuda" else 1
-        after = self._comm.count.all_reduce, self._comm.count.all_gather
-        self._num_collectives = (after[0] - before[0]) // calls, (after[1] - before[1]) // calls
+        work = partial(self._step, held)
+        recording = Recording(work, device=self._device, pool=self._pool, count=self._comm.count)
         _log.info("recorded a step of %d tokens in %.2f s", size, time.perf_counter() - began)
         return held, recording
 

@@ -10,6 +10,7 @@ written once at the rate of a large copy, measured in the same run, and at least
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 import statistics
@@ -34,6 +35,9 @@ from dist_vlm.kernels.rotary_write_kv_triton import rotary_write_kv_triton
 from dist_vlm.kernels.sample import greedy
 from dist_vlm.kernels.silu_mul import silu_mul_torch
 from dist_vlm.kernels.silu_mul_triton import silu_mul_triton
+from dist_vlm.launch.bench_record import git_commit
+
+ROOT = Path(__file__).resolve().parents[2]
 
 COPY_BYTES = 1 << 30
 COLD_BYTES = 256 << 20  # of all sets of inputs together: several times an L2 cache
@@ -202,6 +206,8 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
             show(measured[-1])
     sizes = ("dtype", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab")
     return {
+        "date": datetime.date.today().isoformat(),
+        "commit": git_commit(ROOT),
         "device": torch.cuda.get_device_name(),
         "software": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
         "sizes": {size: getattr(arguments, size) for size in sizes},

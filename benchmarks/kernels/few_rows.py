@@ -8,6 +8,7 @@ Weights of the 7B shapes, bfloat16, several of each so that none is found in a c
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from dist_vlm.kernels.linear_triton import linear_triton
+from dist_vlm.launch.bench_record import git_commit
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SHAPES = {
     "query, key, value": (12288, 4096),
@@ -81,7 +85,14 @@ def main() -> None:
     arguments = parser.parse_args()
     rate = copy_bytes_per_us()
     rows = [measure(name, num_rows, rate) for name in SHAPES for num_rows in ROWS]
-    record = {"gpu": torch.cuda.get_device_name(), "copy_tb_per_s": round(rate / 1e6, 2), "figures": rows}
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "commit": git_commit(ROOT),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(),
+        "copy_tb_per_s": round(rate / 1e6, 2),
+        "figures": rows,
+    }
     print(f"{record['gpu']}: copy {record['copy_tb_per_s']} TB/s")
     for row in rows:
         figures = (f"{kind} {row[kind + '_us']:6.1f} us" for kind in ("least", "triton", "torch"))

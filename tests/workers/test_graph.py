@@ -5,6 +5,8 @@ import gc
 import pytest
 import torch
 
+from dist_vlm.workers import graph
+from dist_vlm.workers.comm import CollectiveCount
 from dist_vlm.workers.graph import Recording
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,3 +49,25 @@ def test_work_that_fails_leaves_the_collector_on() -> None:
         Recording(work, device=DEVICE)
     assert gc.isenabled()
     assert Recording(lambda: torch.ones(2, device=DEVICE), device=DEVICE).replay().tolist() == [1.0, 1.0]
+
+
+class NoGraph:
+    def replay(self) -> None:
+        """Makes the work's calls where nobody counts them."""
+
+
+def test_collectives_are_counted_when_they_are_made_and_not_when_they_are_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
+    monkeypatch.setattr(graph, "_capture", lambda _, work, pool: work())
+    count = CollectiveCount()
+
+    def work() -> None:
+        count.all_reduce += 5
+        count.all_gather += 1
+
+    recording = Recording(work, device=torch.device("cuda"), count=count)
+    assert (count.all_reduce, count.all_gather) == (5, 1), "the call before the recording"
+    recording.replay()
+    assert (count.all_reduce, count.all_gather) == (10, 2)
