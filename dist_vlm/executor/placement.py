@@ -1,7 +1,12 @@
-"""Where the ranks go: one placement group, all of it on one machine."""
+"""Where the ranks go: one placement group, all of it on one machine.
+
+An engine that is an actor itself, as one replica of several is, has its ranks in the group that was made for it: bundle
+0 is its own, and one a rank follows.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.executor.base import StartError
@@ -11,26 +16,62 @@ if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
 
+STRATEGY = "STRICT_PACK"
 # Of a core: in a private Ray nobody else asks for one, and several engines of a process fit beside each other.
 PRIVATE_CPUS = 0.125
 
 
-def bundle(config: RankConfig, *, cpus: float = 1.0) -> dict[str, float]:
+@dataclass(frozen=True)
+class Places:
+    """A placement group with a bundle for each rank.
+
+    first_bundle: rank 0's; the others follow in the order of the ranks.
+    is_ours: whether it was made for the ranks alone, and goes with them.
+    """
+
+    group: PlacementGroup
+    first_bundle: int
+    is_ours: bool
+
+
+def bundle(*, device: str, world_size: int, share_gpu: bool = False, cpus: float = 1.0) -> dict[str, float]:
     """What Ray reserves for one rank. Ranks that share a GPU take equal parts of one."""
-    if config.device != "cuda":
+    if device != "cuda":
         return {"CPU": cpus}
     # Ray counts in units of 1/10000.
-    gpu = (10_000 // config.world_size) / 10_000 if config.share_gpu else 1.0
+    gpu = (10_000 // world_size) / 10_000 if share_gpu else 1.0
     return {"CPU": cpus, "GPU": gpu}
 
 
-def reserve(config: RankConfig, *, cpus: float = 1.0) -> PlacementGroup:
+def engine_bundles(*, device: str, world_size: int, share_gpu: bool = False) -> list[dict[str, float]]:
+    """What Ray reserves, with `STRATEGY`, for an engine that is an actor: a core for itself, and the ranks'."""
+    one = bundle(device=device, world_size=world_size, share_gpu=share_gpu)
+    return [{"CPU": 1.0}, *(dict(one) for _ in range(world_size))]
+
+
+def of_this_actor(config: RankConfig) -> Places | None:
+    """The group that this process was placed in as an actor, if it has `engine_bundles`; else None."""
+    import ray
+
+    group = ray.util.get_current_placement_group()
+    wanted = engine_bundles(device=config.device, world_size=config.world_size, share_gpu=config.share_gpu)
+    if group is None or group.bundle_specs != wanted:
+        return None
+    return Places(group, first_bundle=1, is_ours=False)
+
+
+def reserve(config: RankConfig, *, cpus: float = 1.0) -> Places:
     """Asks for one bundle a rank on one machine. Raises `StartError` at once where no machine could ever hold them."""
     from ray.util.placement_group import placement_group
 
-    one = bundle(config, cpus=cpus)
+    one = bundle_of(config, cpus=cpus)
     _check_fits(one, config.world_size)
-    return placement_group([dict(one) for _ in range(config.world_size)], strategy="STRICT_PACK")
+    group = placement_group([dict(one) for _ in range(config.world_size)], strategy=STRATEGY)
+    return Places(group, first_bundle=0, is_ours=True)
+
+
+def bundle_of(config: RankConfig, *, cpus: float = 1.0) -> dict[str, float]:
+    return bundle(device=config.device, world_size=config.world_size, share_gpu=config.share_gpu, cpus=cpus)
 
 
 def ready(group: PlacementGroup, timeout_s: float) -> None:

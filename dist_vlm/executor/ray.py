@@ -73,7 +73,7 @@ class RayExecutor(Executor):
         self._transport_class = TRANSPORTS[transport]
         self._cluster = RayCluster()
         self._ahead: ahead.AheadCompiler | None = None
-        self._group: Any = None
+        self._places: placement.Places | None = None
         self._actors: list[Any] = []
         self._transport: Transport | None = None
         self._plans: PlansInFlight | None = None
@@ -110,13 +110,13 @@ class RayExecutor(Executor):
         )
         deadline.lap("ray")
         cpus = placement.PRIVATE_CPUS if self._cluster.on_private else 1.0
-        self._group = placement.reserve(config, cpus=cpus)
-        placement.ready(self._group, deadline.remaining_s)
+        self._places = placement.of_this_actor(config) or placement.reserve(config, cpus=cpus)
+        placement.ready(self._places.group, deadline.remaining_s)
         deadline.lap("placement")
         self._actors += create_actors(
             config,
-            self._group,
-            resources=placement.bundle(config, cpus=cpus),
+            self._places,
+            resources=placement.bundle_of(config, cpus=cpus),
             runner=self._runner,
             private=self._cluster.on_private,
         )
@@ -208,9 +208,9 @@ class RayExecutor(Executor):
             self._transport = self._plans = None
         self._images.close()
         self._actors.clear()
-        if self._group is not None:
-            _remove(self._group)
-            self._group = None
+        if self._places is not None and self._places.is_ours:
+            _remove(self._places.group)
+        self._places = None
         self._images = ImageStaging(self._actors)
         self._cluster.close()
 

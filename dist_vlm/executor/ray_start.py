@@ -17,7 +17,7 @@ from dist_vlm.workers.failure import describe
 from dist_vlm.workers.worker import Worker
 
 if TYPE_CHECKING:
-    from ray.util.placement_group import PlacementGroup
+    from dist_vlm.executor.placement import Places
 
 # STRICT_PACK puts all ranks on one machine, so their rendezvous and sockets stay inside it.
 _HOST = "127.0.0.1"
@@ -28,7 +28,7 @@ _BLAME_WAIT_S = 0.5
 
 
 def create_actors(
-    config: RankConfig, group: PlacementGroup, *, resources: dict[str, float], runner: str, private: bool
+    config: RankConfig, places: Places, *, resources: dict[str, float], runner: str, private: bool
 ) -> list[Any]:
     """One actor a rank, in rank order. Does not wait for them."""
     import ray
@@ -43,7 +43,9 @@ def create_actors(
         options: dict[str, Any] = {
             "num_cpus": resources["CPU"],
             "num_gpus": resources.get("GPU", 0.0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                places.group, placement_group_bundle_index=places.first_bundle + rank
+            ),
         }
         if environment is not None:
             options["runtime_env"] = environment

@@ -35,10 +35,10 @@ class Ends:
 
     def __init__(self, name: str, model: dict[str, Any]) -> None:
         config = rank_config(2, model)
-        self.group = placement.reserve(config)
-        resources = placement.bundle(config)
-        placement.ready(self.group, 20.0)
-        self.actors = create_actors(config, self.group, resources=resources, runner=RUNNER, private=True)
+        self.places = placement.reserve(config)
+        resources = placement.bundle_of(config)
+        placement.ready(self.places.group, 20.0)
+        self.actors = create_actors(config, self.places, resources=resources, runner=RUNNER, private=True)
         start_ranks(self.actors, deadline=Deadline(60), collective_timeout_s=60, num_blocks=None)
         self.pids: list[int] = ray.get([actor.ping.remote() for actor in self.actors])
         self.transport: Transport = TRANSPORTS[name](self.actors, depth=DEPTH, send_timeout_s=10)
@@ -59,7 +59,7 @@ class Ends:
         for actor in self.actors:
             ray.kill(actor)
         self.transport.close()
-        ray.util.remove_placement_group(self.group)
+        ray.util.remove_placement_group(self.places.group)
 
 
 @pytest.fixture
