@@ -234,4 +234,6 @@ def _record(request: EngineRequest) -> Request:
         stop_token_ids=request.stop_token_ids,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        output_token_ids=list(request.output_token_ids),
+        num_prompt_logprobs=request.num_prompt_logprobs,
     )

@@ -54,6 +54,8 @@ class Add:
     stop_token_ids: tuple[int, ...]
     priority: int
     cache_salt: str
+    output_token_ids: tuple[int, ...]
+    num_prompt_logprobs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,8 @@ def add_message(request: EngineRequest) -> Add:
         stop_token_ids=tuple(sorted(request.stop_token_ids)),
         priority=request.priority,
         cache_salt=request.cache_salt,
+        output_token_ids=request.output_token_ids,
+        num_prompt_logprobs=request.num_prompt_logprobs,
     )
 
 
@@ -164,6 +168,8 @@ def request_of(message: Add) -> EngineRequest:
         stop_token_ids=frozenset(message.stop_token_ids),
         priority=message.priority,
         cache_salt=message.cache_salt,
+        output_token_ids=message.output_token_ids,
+        num_prompt_logprobs=message.num_prompt_logprobs,
     )
 
 

@@ -32,6 +32,9 @@ class EngineRequest:
         they are to be ignored.
     priority: lower runs first; equal ones in the order of their arrival.
     cache_salt: requests share cached KV blocks only with requests of the same salt.
+    output_token_ids: of a request that another engine began, the tokens it has answered. They count for max_tokens, are
+        not told again, and what follows them is what would have followed there.
+    num_prompt_logprobs: of such a request, how many tokens of the prompt have been told with theirs.
     """
 
     request_id: str
@@ -42,6 +45,8 @@ class EngineRequest:
     stop_token_ids: frozenset[int]
     priority: int = 0
     cache_salt: str = ""
+    output_token_ids: tuple[int, ...] = ()
+    num_prompt_logprobs: int = 0
 
 
 class EngineOutput(NamedTuple):

@@ -13,6 +13,8 @@ def check_fits(request: Request, pool: BlockPool, features: FeatureTable) -> Non
         raise ValueError("the prompt has no tokens; at least 1 is needed")
     if request.max_tokens < 1:
         raise ValueError(f"max_tokens = {request.max_tokens}: must be at least 1")
+    if len(request.output_token_ids) >= request.max_tokens:
+        raise ValueError(f"{len(request.output_token_ids)} tokens are answered; max_tokens is {request.max_tokens}")
     reason = blocking_resource(request, pool, features)
     if reason is not None:
         raise ValueError(reason)

@@ -22,7 +22,8 @@ class RequestState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What the scheduler knows of a request. The first block of fields is given, the rest is the scheduler's.
+    """What the scheduler knows of a request. The first block of fields is given, the rest is the scheduler's; output
+    tokens and prompt log probabilities that an earlier engine told may be given too.
 
     max_tokens: most tokens to generate; prompt and these together fit the longest sequence allowed.
     stop_token_ids: a generated token of this set ends the request and is its last token.

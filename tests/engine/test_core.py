@@ -1,3 +1,4 @@
+import dataclasses
 import time
 
 import numpy as np
@@ -50,6 +51,23 @@ def expected(one):
     for _ in range(one.max_tokens):
         tokens.append(checksum_token(tokens, len(tokens)))
     return tokens[len(one.prompt_token_ids) :]
+
+
+@pytest.mark.parametrize("num_told", [1, 3])
+def test_a_request_that_another_engine_began_goes_on_behind_what_it_told(num_told):
+    one = request("a", 9, image="x")
+    told = tuple(expected(one)[:num_told])
+    core, _ = engine()
+    core.add(dataclasses.replace(one, output_token_ids=told))
+    tokens, ends = drain(core)
+    assert [*told, *tokens["a"]] == expected(one)
+    assert ends == {"a": ("length", None)}
+
+
+def test_a_request_of_which_all_is_told_is_refused():
+    core, _ = engine()
+    with pytest.raises(ValueError, match="4 tokens are answered; max_tokens is 4"):
+        core.add(dataclasses.replace(request("a"), output_token_ids=(1, 2, 3, 4)))
 
 
 @pytest.mark.parametrize("depth", [1, 2])

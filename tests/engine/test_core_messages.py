@@ -33,7 +33,18 @@ def request() -> EngineRequest:
         EngineImage(ImageSpan("z", 9, 3), "coded_pixels", np.arange(60, dtype=np.uint8).reshape(1, 3, 4, 5)),
     )
     row = SamplingRow(temperature=0.5, seed=2**63 - 1, logit_bias=((3, -1.5),), bad_words=((1, 2), (3,)), logprobs=0)
-    return EngineRequest("a", (1, 2, 2**31), images, row, 9, frozenset({9, 2, 5}), priority=-3, cache_salt="tenant")
+    return EngineRequest(
+        "a",
+        (1, 2, 2**31),
+        images,
+        row,
+        9,
+        frozenset({9, 2, 5}),
+        priority=-3,
+        cache_salt="tenant",
+        output_token_ids=(4, 2**31),
+        num_prompt_logprobs=3,
+    )
 
 
 def cross(message: messages.Message) -> Any:

@@ -3,11 +3,15 @@ another number of ranks."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_vlm.config import EngineConfig, resolve
+from dist_vlm.engine.front import load_front
+from dist_vlm.engine.make_core import make_core
 from dist_vlm.sampling import SamplingParams
 
 from .cases import noise_cases
@@ -71,6 +75,28 @@ def test_with_neighbours_chunked_preempted_and_with_warm_caches(
     tokens = tokens_of(scarce, [*prompts[1:4], prompts[0]], PARAMS)
     assert scarce.stats.num_preemptions > 0
     assert tokens[-1] == alone, "preempted"
+
+
+def test_begun_by_another_engine(tiny_checkpoint: Path, prompts: list[Any], alone: list[int]) -> None:
+    """What a replica does with a request whose first replica was lost."""
+    config = resolve(
+        EngineConfig.from_fields(
+            model=str(tiny_checkpoint), executor="inline", kernels="torch", dtype="float32", device="cpu",
+            max_model_len=512, max_num_seqs=4, kv_cache_memory_gib=0.125,
+        )
+    )  # fmt: skip
+    request = load_front(config).processor.process("a", prompts[0], PARAMS).requests[0]
+    core = make_core(config)
+    core.start()
+    try:
+        for num_told in (0, 1, 7, MAX_TOKENS - 1):
+            tokens = alone[:num_told]
+            core.add(dataclasses.replace(request, output_token_ids=tuple(tokens)))
+            while core.has_work:
+                tokens = [*tokens, *(token for output in core.step() for token in output.new_token_ids)]
+            assert tokens == alone, num_told
+    finally:
+        core.shutdown()
 
 
 @pytest.mark.parametrize("transport", ["ray", "direct"])
