@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import gc
 import io
@@ -111,9 +112,10 @@ def make(config: EngineConfig) -> Iterator[Make]:
     """Builds AsyncLLMs over scripted ranks, and shuts them down."""
     made: list[AsyncLLM] = []
 
-    def build(*, engine_process: bool = False, **script: Any) -> AsyncLLM:
+    def build(*, engine_process: bool = False, fields: dict[str, Any] | None = None, **script: Any) -> AsyncLLM:
         executor = None if engine_process else FakeExecutor(num_blocks=64, **script)
-        made.append(AsyncLLM.from_config(config.replace(engine_process=engine_process), executor=executor))
+        changed = config.replace(engine_process=engine_process, **(fields or {}))
+        made.append(AsyncLLM.from_config(changed, executor=executor))
         return made[-1]
 
     yield build
@@ -833,11 +835,15 @@ def test_drain_waits_for_what_runs_and_admits_nothing(make: Make) -> None:
 def test_shutdown_ends_what_runs_and_says_so_afterwards(
     make: Make, engine_process: bool, others: set[threading.Thread]
 ) -> None:
-    llm = make(engine_process=engine_process) if engine_process else make(step_delay_s=0.01)
+    if engine_process:  # its steps take no time: only a long answer is surely not at its end
+        llm = make(engine_process=True, fields={"max_model_len": 2048, "num_gpu_blocks_override": 256})
+        long = dataclasses.replace(LONG, max_tokens=2000)
+    else:
+        llm, long = make(step_delay_s=0.01), LONG
 
     async def run() -> RequestOutput:
         async with llm:
-            stream = llm.generate("hello", LONG)
+            stream = llm.generate("hello", long)
             await anext(stream)
         return await whole(stream)
 
