@@ -46,28 +46,39 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str, tokenizer: str | None = None, **kwargs: Any) -> None:
-        self._start(resolve(engine_config(model=model, tokenizer=tokenizer, **kwargs)), None)
+        self._start(resolve(engine_config(model=model, tokenizer=tokenizer, **kwargs)))
 
     @classmethod
     def from_config(
-        cls, config: EngineConfig, *, executor: Executor | None = None, chat_template: str | None = None
+        cls,
+        config: EngineConfig,
+        *,
+        executor: Executor | None = None,
+        client: CoreClient | None = None,
+        chat_template: str | None = None,
     ) -> AsyncLLM:
         """From a configuration, resolved or not.
 
         executor: takes the place of the one the configuration names, for example a `FakeExecutor` in tests.
+        client: a core that was not started, in place of one in this process or beside it: several replicas, say.
         chat_template: a template, as its text or its file, in place of the checkpoint's own.
         """
         llm = cls.__new__(cls)
-        llm._start(resolve(config), executor, chat_template)
+        llm._start(resolve(config), executor, client, chat_template)
         return llm
 
-    def _start(self, config: EngineConfig, executor: Executor | None, chat_template: str | None = None) -> None:
-        _check_served(config, executor)
+    def _start(
+        self,
+        config: EngineConfig,
+        executor: Executor | None = None,
+        client: CoreClient | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        if client is None:
+            client = _new_client(config, executor)
         self.config = config
         self._is_draining = False
-        self._client: CoreClient = (
-            ProcessClient(config) if config.parallel.engine_process else CoreLoop(make_core(config, executor))
-        )
+        self._client = client
         self._streams = StreamTable(self._client)
         self._preparers = ThreadPoolExecutor(min(_MAX_PREPARERS, usable_cores()), thread_name_prefix="prepare")
         self._finalizer = weakref.finalize(self, _end, self._client, self._streams, self._preparers)
@@ -256,11 +267,12 @@ class AsyncLLM:
                     self._streams.withdraw(stream)
 
 
-def _check_served(config: EngineConfig, executor: Executor | None) -> None:
-    """Raises `ValueError` for what an AsyncLLM cannot be."""
-    if config.parallel.replicas != 1:
+def _new_client(config: EngineConfig, executor: Executor | None) -> CoreClient:
+    """Raises `ValueError` for what an AsyncLLM cannot be by itself."""
+    if config.most_replicas != 1:
         raise ValueError(
-            f"replicas = {config.parallel.replicas}: an AsyncLLM drives one tensor-parallel group; must be 1 here"
+            f"replicas = {config.most_replicas}: an AsyncLLM drives one tensor-parallel group; must be 1 here "
+            "(`dist-vlm serve` serves several)"
         )
     if not config.observability.disable_log_stats:
         raise ValueError("disable_log_stats = False: not served by this version; leave it at True")
@@ -269,6 +281,7 @@ def _check_served(config: EngineConfig, executor: Executor | None) -> None:
             f"executor of type {type(executor).__name__}: cannot enter the engine's process; must be None with "
             "engine_process = True"
         )
+    return ProcessClient(config) if config.parallel.engine_process else CoreLoop(make_core(config, executor))
 
 
 def _load_front(config: EngineConfig, serves_logits_processors: bool, chat_template: str | None) -> Front:

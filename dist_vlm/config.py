@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_vlm.config_fields import ConfigError, Rule, check_section, option, rules_of
+from dist_vlm.config_scaling import ScalingConfig
 
 __all__ = [
     "CacheConfig",
@@ -21,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "ObservabilityConfig",
     "ParallelConfig",
+    "ScalingConfig",
     "SchedulerConfig",
     "VisionConfig",
     "resolve",
@@ -223,12 +225,22 @@ class EngineConfig:
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    scaling: ScalingConfig = dataclasses.field(default_factory=ScalingConfig)
     observability: ObservabilityConfig = dataclasses.field(default_factory=ObservabilityConfig)
 
     def __post_init__(self) -> None:
         for name, section in SECTIONS.items():
             if not isinstance(getattr(self, name), section):
                 raise ConfigError(f"must be a {section.__name__}", field=name, value=getattr(self, name))
+        most, least = self.scaling.max_replicas, self.parallel.replicas
+        if most is not None and most < least:
+            problem = f"must be at least parallel.replicas, which is {least}, or none"
+            raise ConfigError(problem, field="scaling.max_replicas", value=most)
+
+    @property
+    def most_replicas(self) -> int:
+        """How many there may be at once."""
+        return self.scaling.max_replicas or self.parallel.replicas
 
     @classmethod
     def from_fields(cls, **values: Any) -> EngineConfig:
@@ -260,6 +272,7 @@ SECTIONS: dict[str, type] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "parallel": ParallelConfig,
+    "scaling": ScalingConfig,
     "observability": ObservabilityConfig,
 }
 RULES: dict[str, Rule] = {name: rule for section in SECTIONS.values() for name, rule in rules_of(section).items()}

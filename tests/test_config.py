@@ -62,6 +62,16 @@ FIELDS = {
         "kernels",
         "share_gpu",
     ],
+    "scaling": [
+        "app_name",
+        "max_replicas",
+        "target_requests_per_replica",
+        "upscale_delay_s",
+        "downscale_delay_s",
+        "replica_health_period_s",
+        "replica_health_timeout_s",
+        "replica_drain_timeout_s",
+    ],
     "observability": ["disable_log_stats"],
 }
 SEED_VISION = {"image_token_id": 32000, "image_input_shape": "1,3,336,336", "image_feature_size": 576}

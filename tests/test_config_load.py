@@ -96,7 +96,7 @@ def test_a_dotted_path_is_relative_to_the_file(tmp_path: Path, given: str, found
         (
             "paralel: {}",
             "launch.yaml: paralel: unknown section; the sections are "
-            "model, vision, cache, scheduler, parallel, observability, server; the nearest is parallel",
+            "model, vision, cache, scheduler, parallel, scaling, observability, server; the nearest is parallel",
         ),
         (
             "max_num_seqs: 4",
@@ -270,6 +270,14 @@ FILLED = {
     "threads_per_rank": 3,
     "kernels": "reference",
     "share_gpu": True,
+    "app_name": "two",
+    "max_replicas": 6,
+    "target_requests_per_replica": 9,
+    "upscale_delay_s": 1.0,
+    "downscale_delay_s": 2.0,
+    "replica_health_period_s": 3.0,
+    "replica_health_timeout_s": 4.0,
+    "replica_drain_timeout_s": 5.0,
     "disable_log_stats": False,
 }
 

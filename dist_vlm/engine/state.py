@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_vlm.sched.scheduler import SchedulerStats
@@ -32,3 +34,22 @@ class EngineState:
     feature_row_capacity: int | None
     num_staged_images: int
     staged_bytes: int
+
+    def only_counts(self) -> EngineState:
+        """Of an engine that is gone: what it has done, and nothing held."""
+        held = {field.name: 0 for field in dataclasses.fields(self) if field.name != "stats"}
+        return EngineState(stats=self.stats, **held)
+
+
+def total(states: Sequence[EngineState]) -> EngineState:
+    """Several engines as one: sums. A capacity that one of them has not, the sum has not."""
+    sums: dict[str, int | None] = {}
+    for field in dataclasses.fields(EngineState):
+        if field.name != "stats":
+            values = [getattr(state, field.name) for state in states]
+            sums[field.name] = None if None in values else sum(values)
+    counts = {
+        field.name: sum(getattr(state.stats, field.name) for state in states)
+        for field in dataclasses.fields(SchedulerStats)
+    }
+    return EngineState(stats=SchedulerStats(**counts), **sums)  # type: ignore[arg-type]

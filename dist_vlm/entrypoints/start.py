@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 
 from dist_vlm.config import ConfigError, EngineConfig
 from dist_vlm.config_load import LoadedConfig
 from dist_vlm.config_server import ServerConfig
+from dist_vlm.engine.core_client import CoreClient
 from dist_vlm.engine.template_source import given_template
 from dist_vlm.machine import usable_cores
 
@@ -16,8 +18,10 @@ PACKAGES = ("fastapi", "uvicorn", "httptools", "uvloop", "aiohttp", "prometheus_
 _FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
 
 
-def start_server(loaded: LoadedConfig) -> int:
+def start_server(loaded: LoadedConfig, make_client: Callable[[EngineConfig], CoreClient] | None = None) -> int:
     """Serves until it is told to end; returns the exit status.
+
+    make_client: makes the engine, not started, of the resolved configuration, in place of one beside the server.
 
     Raises `ConfigError` naming the file, flag or variable of what cannot be served, and `RuntimeError` where the
     server's packages are missing, both before anything is started.
@@ -32,7 +36,7 @@ def start_server(loaded: LoadedConfig) -> int:
         names = ", ".join(missing)
         raise RuntimeError(f"the server's packages are missing ({names}): pip install 'dist-vlm[server]'")
     serve = importlib.import_module("dist_vlm.server.serve").serve
-    return int(serve(engine, server))
+    return int(serve(engine, server, None if make_client is None else make_client(engine)))
 
 
 def _beside_a_server(loaded: LoadedConfig) -> EngineConfig:

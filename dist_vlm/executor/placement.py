@@ -6,8 +6,9 @@ An engine that is an actor itself, as one replica of several is, has its ranks i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dist_vlm.executor.base import StartError
 from dist_vlm.workers.config import RankConfig
@@ -64,10 +65,9 @@ def reserve(config: RankConfig, *, cpus: float = 1.0) -> Places:
     """Asks for one bundle a rank on one machine. Raises `StartError` at once where no machine could ever hold them."""
     from ray.util.placement_group import placement_group
 
-    one = bundle_of(config, cpus=cpus)
-    _check_fits(one, config.world_size)
-    group = placement_group([dict(one) for _ in range(config.world_size)], strategy=STRATEGY)
-    return Places(group, first_bundle=0, is_ours=True)
+    bundles = [bundle_of(config, cpus=cpus) for _ in range(config.world_size)]
+    check_fits(bundles, what=f"{config.world_size} ranks need")
+    return Places(placement_group(bundles, strategy=STRATEGY), first_bundle=0, is_ours=True)
 
 
 def bundle_of(config: RankConfig, *, cpus: float = 1.0) -> dict[str, float]:
@@ -76,27 +76,49 @@ def bundle_of(config: RankConfig, *, cpus: float = 1.0) -> dict[str, float]:
 
 def ready(group: PlacementGroup, timeout_s: float) -> None:
     """Waits until the bundles are reserved. Raises `StartError` with what is free after `timeout_s`."""
-    import ray
-
     if group.wait(timeout_s):
         return
-    asked = _render({name: sum(part.get(name, 0) for part in group.bundle_specs) for name in ("CPU", "GPU")})
-    free = _render(ray.available_resources())
-    raise StartError("placement", f"{asked} on one machine did not become free in time; free in the cluster: {free}")
+    asked = render_sum(group.bundle_specs)
+    raise StartError("placement", f"{asked} on one machine did not become free in time; free in the cluster: {free()}")
 
 
-def _check_fits(one: dict[str, float], world_size: int) -> None:
+def check_fits(bundles: Sequence[dict[str, float]], *, what: str) -> None:
+    """Raises `StartError`, beginning with `what`, where no machine there is now could ever hold the bundles."""
+    total = _sum(bundles)
+    for node in _machines():
+        if all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in total.items()):
+            return
+    raise StartError("placement", f"{what} {_render(total)} on one machine; Ray has, a machine: {machines()}")
+
+
+def machines() -> str:
+    """What each machine of the cluster has in all."""
+    return "; ".join(map(_render, _machines())) or "no machine"
+
+
+def free() -> str:
     import ray
 
-    total = {name: amount * world_size for name, amount in one.items()}
-    nodes: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(all(node.get(name, 0.0) + 1e-6 >= amount for name, amount in total.items()) for node in nodes):
-        return
-    there = "; ".join(_render(node) for node in nodes) or "no machine"
-    raise StartError(
-        "placement", f"{world_size} ranks need {_render(total)} on one machine; Ray has, a machine: {there}"
-    )
+    return _render(ray.available_resources())
 
 
-def _render(resources: dict[str, float]) -> str:
+def render_sum(bundles: Iterable[dict[str, float]]) -> str:
+    return _render(_sum(bundles))
+
+
+def _sum(bundles: Iterable[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for one in bundles:
+        for name, amount in one.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+def _machines() -> list[dict[str, float]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _render(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))

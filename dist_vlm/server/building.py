@@ -38,10 +38,8 @@ async def services_of(llm: AsyncLLM, config: ServerConfig) -> AsyncIterator[Serv
     """
     assert config.served_model_name is not None, "resolved_server() decides it"
     metrics = Metrics(config.served_model_name)
-    scheduler = llm.config.scheduler
-    admission = Admission(
-        max_seats=scheduler.max_num_seqs + config.max_queued_requests, num_running=scheduler.max_num_seqs
-    )
+    num_slots = llm.config.scheduler.max_num_seqs * llm.config.most_replicas
+    admission = Admission(max_seats=num_slots + config.max_queued_requests, num_running=num_slots)
     max_body_bytes, max_file_bytes = math.ceil(config.max_body_mib * _MIB), math.ceil(config.max_image_mib * _MIB)
     # Whoever holds of one asks no other before it in this order, so that one can always go on.
     bodies, arrays, files = (

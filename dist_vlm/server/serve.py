@@ -17,6 +17,7 @@ import uvloop
 from dist_vlm.async_llm import AsyncLLM
 from dist_vlm.config import EngineConfig
 from dist_vlm.config_server import ServerConfig
+from dist_vlm.engine.core_client import CoreClient
 from dist_vlm.server.building import services_of
 from dist_vlm.server.http import http_config
 from dist_vlm.server.services import Services
@@ -27,18 +28,19 @@ _log = logging.getLogger(__name__)
 _SWITCH_S = 0.0005
 
 
-def serve(engine: EngineConfig, server: ServerConfig) -> int:
+def serve(engine: EngineConfig, server: ServerConfig, client: CoreClient | None = None) -> int:
     """Serves until a SIGTERM or SIGINT, then finishes what is in work. Returns the exit status: 0, or 1 if the engine
     ended by itself.
 
-    engine, server: resolved. Raises what `AsyncLLM` raises, and `OSError` where the port is taken.
+    engine, server: resolved. client: the engine, not started, in place of one in a process beside this. Raises what `AsyncLLM` raises, and `OSError` where the port is taken.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     sys.setswitchinterval(_SWITCH_S)
     # Taken before the minutes that a model may take to load.
     with closing(_listen(server.host, server.port)) as listener:
         signal.signal(signal.SIGTERM, _leave)
-        llm = AsyncLLM.from_config(engine.replace(engine_process=True), chat_template=server.chat_template)
+        beside = engine.replace(engine_process=client is None)
+        llm = AsyncLLM.from_config(beside, client=client, chat_template=server.chat_template)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 return runner.run(_serve(llm, server, listener))
