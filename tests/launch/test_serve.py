@@ -10,7 +10,7 @@ from dist_vlm.launch import cli, serve
 
 def test_a_file_and_flags_start_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[LoadedConfig] = []
-    monkeypatch.setattr(serve, "start_server", lambda loaded: started.append(loaded) or 3)
+    monkeypatch.setattr(serve, "start_server", lambda loaded, make_client: started.append(loaded) or 3)
     file = tmp_path / "launch.yaml"
     file.write_text("model: {model: /m}\nserver: {port: 9, host: 0.0.0.0}\n")
     words = ["serve", "--config", str(file), "--port", "10", "-tp", "2", "--served-model-name", "n", "--log-prompts"]
@@ -23,6 +23,6 @@ def test_a_file_and_flags_start_the_server(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_a_model_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[LoadedConfig] = []
-    monkeypatch.setattr(serve, "start_server", lambda loaded: started.append(loaded) or 0)
+    monkeypatch.setattr(serve, "start_server", lambda loaded, make_client: started.append(loaded) or 0)
     assert cli.main(["serve", "--model", "/m"]) == 0
     assert started[0].config.model.model == "/m"
