@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import importlib.util
 import math
 import os
 import sys
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dist_vlm.config import ConfigError, EngineConfig
+from dist_vlm.config import RULES, ConfigError, EngineConfig
 from dist_vlm.config_load import add_config_flags, config_flags, load_config
+from dist_vlm.launch.batch import Batch
 from dist_vlm.launch.jsonl import read_lines
 from dist_vlm.launch.jsonl_output import AnswerFile
+from dist_vlm.launch.line_source import LineParts
 from dist_vlm.launch.local_media import LocalMedia
 from dist_vlm.launch.prompts import with_pictures
+from dist_vlm.launch.remote_media import FLAGS, RemoteMedia
 
 if TYPE_CHECKING:
     from dist_vlm import LLM, SamplingParams
+    from dist_vlm.config_server import ServerConfig
     from dist_vlm.inputs import PromptInputs
+    from dist_vlm.launch.jsonl import Line
+    from dist_vlm.launch.jsonl_request import RequestReader
+    from dist_vlm.launch.picture_setup import PictureSetup
 
 _TEXT = """\
 Answers one prompt (--prompt), or each line of a file of requests (--input).
@@ -29,9 +39,10 @@ pictures without it go before the text in the chat template. The answer is print
 
 A file: each line is a JSON object.
   prompt    the text, as for --prompt
-  images    its pictures: names of files, or data: URLs. Names start at the directory of the input, or at
-            --media-root, and no file outside of it is opened.
-  messages  in place of both: a conversation in OpenAI's form, an image_url being such a name or data: URL
+  images    its pictures: names of files, http(s) or data: URLs. Names start at the directory of the input, or at
+            --media-root, and no file outside of it is opened. URLs are fetched from public addresses alone, unless
+            --allowed-media-networks says otherwise.
+  messages  in place of both: a conversation in OpenAI's form, an image_url being such a name or URL
   id        a string or an integer, given back with the answer (without it: the number of the line). Ids may repeat.
   and any field of SamplingParams by its name; what a line does not set is as the flags say.
 Each answer is one line of --output, written as it ends: {"id", "index": number of the line, "text", "token_ids",
@@ -39,7 +50,10 @@ Each answer is one line of --output, written as it ends: {"id", "index": number 
 "logprobs" and "cumulative_logprob". A wrong line gets {"id", "index", "error"}, and the others are answered.
 
 A run that ended early, however it ended, goes on with --resume: lines that have an answer are left alone, each other
-line gets one. An error is an answer too; to have such a line tried again, take its answer out of the output."""
+line gets one. An error is an answer too; to have such a line tried again, take its answer out of the output.
+
+With --replicas above 1 the lines are spread over so many engines, on the machines of the Ray cluster (--ray-address).
+Pictures are then read by tasks on all of them: names of files must lead to the same files everywhere."""
 
 
 def add_command(commands: Any) -> None:
@@ -64,7 +78,7 @@ def add_command(commands: Any) -> None:
     sampling.add_argument("--temperature", type=_number, default=0.0, metavar="X", help="0, the default, is greedy")
     sampling.add_argument("--top-p", type=_number, default=1.0, metavar="X", help="nucleus to sample from (1)")
     sampling.add_argument("--top-k", type=_whole, default=-1, metavar="N", help="tokens to sample from (-1: all)")
-    add_config_flags(generate)
+    add_config_flags(generate, (*RULES, *FLAGS))
     generate.set_defaults(run=run)
 
 
@@ -87,23 +101,28 @@ def _number(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> None:
     flags = config_flags(arguments)
-    _check_together(arguments)
-    config = load_config(arguments.config, flags).resolve()
+    _check_together(arguments, flags)
+    loaded = load_config(arguments.config, flags)
+    config = loaded.resolve()
     params = _sampling_params(arguments, seed=config.model.seed if "seed" in flags else None)
     if arguments.input is not None:
-        _answer_file(arguments, config, params)
+        try:
+            _answer_file(arguments, config, loaded.resolve_server(os.environ), params)
+        except ConfigError as error:
+            raise loaded.located(error) from None
         return
     pictures = _open_pictures(arguments.image, config)
     print(_answer(config, arguments.prompt, pictures, params, progress=not arguments.no_progress))
 
 
-def _check_together(arguments: argparse.Namespace) -> None:
+def _check_together(arguments: argparse.Namespace, flags: Collection[str]) -> None:
     """Raises `ConfigError` for flags that do not go together, and for files that are not there."""
     if arguments.input is None:
         for flag, value in (
             ("output", arguments.output),
             ("resume", arguments.resume),
             ("media-root", arguments.media_root),
+            *((name.replace("_", "-"), name in flags) for name in FLAGS),
         ):
             if value:
                 raise ConfigError(f"--{flag} goes with --input, and there is none")
@@ -183,46 +202,95 @@ def _stream(llm: LLM, inputs: PromptInputs, params: SamplingParams, bar: Any) ->
 # ---- a file of requests ----
 
 
-def _answer_file(arguments: argparse.Namespace, config: EngineConfig, defaults: SamplingParams) -> None:
+def _answer_file(
+    arguments: argparse.Namespace, config: EngineConfig, server: ServerConfig, defaults: SamplingParams
+) -> None:
+    from tqdm import tqdm
+
+    from dist_vlm.launch.jsonl_request import RequestReader
+    from dist_vlm.launch.picture_setup import PictureSetup
+
     path = Path(arguments.input)
-    media = LocalMedia(Path(arguments.media_root or path.parent), max_pixels=config.vision.max_image_pixels)
+    root = Path(arguments.media_root or path.parent).resolve()
+    local = LocalMedia(root, max_pixels=config.vision.max_image_pixels)
+    remote = RemoteMedia(server)  # before anything starts: it checks the hosts
     # A line is at least one byte long.
     answers = AnswerFile(arguments.output, max_index=path.stat().st_size, resume=arguments.resume)
     with closing(answers), path.open("rb") as file:
         if answers.num_answered:
             answers.check_belongs_to(read_lines(file))
             file.seek(0)
-        _work_off(config, file, answers, media, defaults, progress=not arguments.no_progress)
-
-
-def _work_off(
-    config: EngineConfig, file: Any, answers: AnswerFile, media: LocalMedia, defaults: SamplingParams, *, progress: bool
-) -> None:
-    from tqdm import tqdm
-
-    from dist_vlm import LLM
-    from dist_vlm.engine.front import load_chat
-    from dist_vlm.launch.batch import Batch
-    from dist_vlm.launch.jsonl_request import RequestMaker
-
-    with (
-        tqdm(
+        with tqdm(
             desc="starting",
             initial=answers.num_answered,
             unit="line",
             file=sys.stderr,
-            disable=not progress,
+            disable=arguments.no_progress,
             mininterval=0.2,
-        ) as bar,
-        LLM.from_config(config) as llm,
-    ):
-        chat = load_chat(config, llm.get_tokenizer())
-        requests = RequestMaker(chat=chat, vision=config.vision, media=media, defaults=defaults)
-        batch = Batch(llm, answers, requests, bar=bar)
-        bar.set_description("answering")
+        ) as bar:
+            batch = Batch(answers, bar=bar)
+            reader = RequestReader(vision=config.vision, defaults=defaults, seed=config.model.seed)
+            try:
+                if config.parallel.replicas == 1:
+                    _answer_lines(config, batch, read_lines(file), reader, local, remote, bar=bar)
+                else:
+                    _spread_lines(config, batch, file, reader, PictureSetup(config, server, str(root)), bar=bar)
+            finally:
+                bar.close()
+                if batch.num_answered or not sys.exc_info()[0]:
+                    failed = f", {batch.num_failed} of them with an error" if batch.num_failed else ""
+                    print(f"dist-vlm: {batch.num_answered} lines answered{failed}", file=sys.stderr)
+
+
+def _answer_lines(
+    config: EngineConfig,
+    batch: Batch,
+    lines: Iterator[Line],
+    reader: RequestReader,
+    local: LocalMedia,
+    remote: RemoteMedia,
+    *,
+    bar: Any,
+) -> None:
+    """By one engine, in this process."""
+    from dist_vlm import AsyncLLM
+    from dist_vlm.launch.line_answers import LineAnswers
+    from dist_vlm.launch.line_pictures import LinePictures, image_preparer
+
+    async def run() -> None:
+        pictures = LinePictures(image_preparer(config), config=config, local=local, remote=remote)
         try:
-            batch.run(read_lines(file))
+            asking = LineAnswers(llm, reader)
+            await batch.run(lines, lambda line: asking.answer(line, pictures), most_at_once=asking.most_at_once)
         finally:
-            bar.close()
-            failed = f", {batch.num_failed} of them with an error" if batch.num_failed else ""
-            print(f"dist-vlm: {batch.num_answered} lines answered{failed}", file=sys.stderr)
+            await pictures.close()
+
+    llm = AsyncLLM.from_config(config)
+    try:
+        bar.set_description("answering")
+        asyncio.run(run())
+    finally:
+        llm.shutdown()
+
+
+def _spread_lines(
+    config: EngineConfig, batch: Batch, file: BinaryIO, reader: RequestReader, setup: PictureSetup, *, bar: Any
+) -> None:
+    """By several replicas, through Ray Data."""
+    missing = [name for name in ("pyarrow", "pandas") if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise RuntimeError(f"Ray Data, which several replicas need, lacks {names}: pip install 'dist-vlm[cluster]'")
+    from dist_vlm.launch.batch_data import answer_by_replicas
+
+    parts = LineParts(file, batch.has)
+    if len(parts):
+        answer_by_replicas(
+            config,
+            path=file.name,
+            parts=parts,
+            reader=reader,
+            setup=setup,
+            on_start=lambda: bar.set_description("answering"),
+            write=lambda answered: batch.write(answered.line, answered.answer),
+        )

@@ -26,9 +26,12 @@ class Line:
     problem: str | None = None
 
 
-def read_lines(file: Iterable[bytes]) -> Iterator[Line]:
-    """The lines of an input, one at a time, blank ones left out. A line that cannot be read is told as such."""
-    for index, raw in enumerate(file, 1):
+def read_lines(file: Iterable[bytes], *, first: int = 1) -> Iterator[Line]:
+    """The lines of an input, one at a time, blank ones left out. A line that cannot be read is told as such.
+
+    first: number of the first line that `file` has.
+    """
+    for index, raw in enumerate(file, first):
         content = raw.removeprefix(_BYTE_ORDER_MARK) if index == 1 else raw
         if content.strip():
             yield _parsed(content, index)

@@ -25,15 +25,15 @@ class LocalMedia:
     def load(self, name: Any) -> Image.Image:
         """The picture of a file name or of a data: URL, in RGB. Raises `ValueError` saying what is wrong with it."""
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{_short(name)} is no picture: must be the name of a file or a data: URL")
+            raise ValueError(f"{short(name)} is no picture: must be the name of a file, an http(s) or a data: URL")
         from dist_vlm.media import load_image, to_rgb
         from dist_vlm.media.picture_source import open_data_url
 
         if is_data_url(name):
-            picture = open_data_url(name, name=_short(name), max_pixels=self._max_pixels)
-            return to_rgb(picture, max_pixels=self._max_pixels, name=_short(name))
+            picture = open_data_url(name, name=short(name), max_pixels=self._max_pixels)
+            return to_rgb(picture, max_pixels=self._max_pixels, name=short(name))
         if _SCHEME.match(name):
-            raise ValueError(f"{_short(name)}: URLs are not fetched; give a file or a data: URL")
+            raise ValueError(f"{short(name)}: must be the name of a file, an http(s) or a data: URL")
         return load_image(self._file(name), max_pixels=self._max_pixels)
 
     def _file(self, name: str) -> Path:
@@ -41,13 +41,11 @@ class LocalMedia:
             file = (self._root / name).resolve()
             inside, is_file = file.is_relative_to(self._root), file.is_file()
         except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, links that lead in a circle
-            raise ValueError(f"{_short(name)} is not the name of a file") from None
+            raise ValueError(f"{short(name)} is not the name of a file") from None
         if not inside:
-            raise ValueError(
-                f"{_short(name)} leads out of {self._root}, the only directory that pictures are read from"
-            )
+            raise ValueError(f"{short(name)} leads out of {self._root}, the only directory that pictures are read from")
         if not is_file:
-            raise ValueError(f"{_short(name)}: there is no such file in {self._root}")
+            raise ValueError(f"{short(name)}: there is no such file in {self._root}")
         return file
 
 
@@ -55,6 +53,7 @@ def is_data_url(name: str) -> bool:
     return name[:5].lower() == "data:"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """What messages call a picture."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

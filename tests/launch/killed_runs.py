@@ -19,11 +19,11 @@ from pathlib import Path
 import torch  # noqa: F401
 import transformers  # noqa: F401
 
+from dist_vlm.async_llm import AsyncLLM  # noqa: F401
 from dist_vlm.config import EngineConfig, resolve
 from dist_vlm.engine.front import load_front
 from dist_vlm.executor.fake import FakeExecutor
-from dist_vlm.launch import batch, cli  # noqa: F401
-from dist_vlm.llm import LLM  # noqa: F401
+from dist_vlm.launch import batch, cli, line_answers, line_pictures  # noqa: F401
 
 # A file of 60 answers then takes a second or two.
 STEP_S = 0.01

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import functools
 import json
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,8 +16,11 @@ from PIL import Image
 
 from dist_vlm.config import EngineConfig
 from dist_vlm.engine.front import load_tokenizer
+from dist_vlm.executor.fake import FakeExecutor
 from dist_vlm.launch import cli
 from dist_vlm.workers.models import get_family
+
+from ..server.picture_hosts import OTHER, picture_host
 
 WORDS = ["a", "red", "square"]
 loaded_once = functools.cache(load_tokenizer)
@@ -113,6 +118,7 @@ def test_several_pictures_keep_their_order(llm: type[ScriptedLLM], picture: str,
         (["--output", "x"], 2, "--output goes with --input, and there is none"),
         (["--resume"], 2, "--resume goes with --input, and there is none"),
         (["--media-root", "."], 2, "--media-root goes with --input, and there is none"),
+        (["--max-image-mib", "3"], 2, "--max-image-mib goes with --input, and there is none"),
     ],
 )
 def test_a_wrong_request_is_refused_before_anything_starts(
@@ -287,8 +293,12 @@ def test_wrong_lines_fail_alone(tiny_facts: Path, tmp_path: Path, picture: str) 
     assert told == [quiet.by_index()[index]["token_ids"] for index in sorted(quiet.by_index())]
 
 
-def test_ids_may_repeat_and_the_order_is_that_of_the_ends(tiny_facts: Path, tmp_path: Path) -> None:
-    run = FileRun(tmp_path, *({"prompt": "x", "id": "same", "max_tokens": 9 - 2 * index} for index in range(4)))
+def test_ids_may_repeat_and_the_order_is_that_of_the_ends(
+    tiny_facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = FakeExecutor.__init__
+    monkeypatch.setattr(FakeExecutor, "__init__", functools.partialmethod(sound, step_delay_s=0.005))
+    run = FileRun(tmp_path, *({"prompt": "x", "id": "same", "max_tokens": 61 - 20 * index} for index in range(4)))
     assert cli.main(run.words(tiny_facts, *FAKE)) == 0
     assert [(record["index"], record["id"]) for record in run.records()] == [
         (4, "same"), (3, "same"), (2, "same"), (1, "same")
@@ -303,6 +313,51 @@ def test_pictures_may_lie_in_a_directory_that_is_named(tiny_facts: Path, tmp_pat
     answers = run.by_index()
     assert answers[1]["usage"]["prompt_tokens"] >= 16
     assert "there is no such file" in answers[2]["error"]
+
+
+def test_pictures_by_url_are_answered_as_those_in_files(
+    tiny_checkpoint: Path, picture: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a prompt and in messages, beside a dead host, a silent one, and an address that is not public."""
+    with picture_host() as host, socket.create_server((OTHER, 0)) as silent:
+        content = urllib.request.urlopen(f"http://{OTHER}:{host.port}/picture.png").read()
+        (tmp_path / "same.png").write_bytes(content)
+        url, question = f"http://{OTHER}:{host.port}/picture.png", {"type": "text", "text": "what is this?"}
+        dead, mute = f"http://{OTHER}:1/a.png", f"http://{OTHER}:{silent.getsockname()[1]}/a.png"
+        run = FileRun(
+            tmp_path,
+            {"prompt": "what is this?", "images": [mute]},
+            {"prompt": "what is this?", "images": [dead]},
+            {"prompt": "what is this?", "images": ["same.png"]},
+            {"prompt": "what is this?", "images": [url], "id": "by url"},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, question]}]},
+            {"prompt": "what is this?", "images": [url, "same.png"]},
+            {"prompt": "what is this?", "images": [f"http://{OTHER}:{host.port}/absent.png"]},
+            {"prompt": "what is this?", "images": [f"http://{OTHER}:{host.port}/page.png"]},
+            {"prompt": "what is this?", "images": [f"http://[::1]:{host.port}/picture.png"]},
+        )
+        words = run.words(tiny_checkpoint, *INLINE, "--max-tokens", "4", "--no-progress")
+        flags = ["--allowed-media-networks", "127.0.0.0/8", "--image-fetch-timeout-s", "1.5"]
+        assert cli.main([*words, *flags]) == 0
+        answers = run.by_index()
+        # The silent host's line ends last, and keeps no other waiting.
+        assert run.records()[-1]["index"] == 1
+        run.output = tmp_path / "closed.jsonl"
+        assert cli.main([*run.words(tiny_checkpoint, *INLINE, "--max-tokens", "4", "--no-progress")]) == 0
+        closed = run.by_index()
+    assert answers[4]["id"] == "by url"
+    assert answers[3]["token_ids"] == answers[4]["token_ids"] == answers[5]["token_ids"]
+    assert answers[6]["usage"]["prompt_tokens"] > answers[4]["usage"]["prompt_tokens"] + 10
+    told = {index: answers[index]["error"] for index in (1, 2, 7, 8, 9)}
+    assert "timed out; the timeout is 1.5 s (timeout)" in told[1]
+    assert told[1].startswith(repr(mute))
+    assert "no connection to" in told[2] and told[2].endswith("(refused)")
+    assert "the status 404 (status)" in told[7]
+    assert "not a picture" in told[8]
+    assert told[9].endswith("(not allowed)")
+    # Without the flag none of them is fetched, and the file is answered all the same.
+    assert closed[3]["token_ids"] == answers[3]["token_ids"]
+    assert all(closed[index]["error"].endswith("(not allowed)") for index in (1, 2, 4, 5, 6, 7, 8, 9))
 
 
 def test_each_line_is_answered_once_however_often_the_run_is_killed(tmp_path: Path, picture: str) -> None:
@@ -364,6 +419,13 @@ def test_lines_added_to_the_input_are_answered_by_resuming(tiny_facts: Path, tmp
         (["--input", "{input}", "--output", "x", "--image", "a.png"], 2, "--image goes with --prompt"),
         (["--input", "{input}", "--output", "x", "--media-root", "absent"], 2, "must be an existing directory"),
         (["--input", "{input}", "--output", "absent/x"], 1, "absent/x"),
+        (
+            ["--input", "{input}", "--output", "x", "--max-image-mib", "0"],
+            2,
+            "--max-image-mib = '0': must be a number, above 0",
+        ),
+        (["--input", "{input}", "--output", "x", "--allowed-media-networks", "x"], 2, "must be a network"),
+        (["--input", "{input}", "--output", "x", "--allowed-media-hosts", "a b"], 2, "--allowed-media-hosts"),
     ],
 )
 def test_a_wrong_use_of_files_is_refused_before_anything_starts(

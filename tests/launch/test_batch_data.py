@@ -1,0 +1,198 @@
+"""Files of requests over two replicas in one Ray that the module's runs share: actors, ranks and tasks are real."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_vlm.executor.ray_cluster import RayCluster
+from dist_vlm.launch import cli
+
+from ..executor.processes import descendants
+from ..server.picture_hosts import OTHER, picture_host
+
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
+PICTURES = sorted(path.name for path in (DEMO / "pictures").glob("*.png"))
+ENGINE = ["--model", str(DEMO / "checkpoint"), "--device", "cpu", "--dtype", "float32", "--threads-per-rank", "1"]
+ENGINE += ["--kv-cache-memory-gib", "0.03", "--max-num-seqs", "8", "--kernels", "torch", "--no-progress"]
+NETWORKS = ["--allowed-media-networks", "127.0.0.0/8"]
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """Two replicas of one rank take four CPUs; two are left for pictures."""
+    cluster = RayCluster()
+    cluster.connect(None, num_cpus=6, use_gpus=False, timeout_s=60)
+    yield
+    cluster.close()
+
+
+class FileRun:
+    def __init__(self, folder: Path, lines: list[dict[str, Any]]) -> None:
+        self.input, self.output = folder / "in.jsonl", folder / "out.jsonl"
+        self.input.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def words(self, *more: str) -> list[str]:
+        return ["generate", *ENGINE, "--input", str(self.input), "--output", str(self.output), *more]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines()]
+
+    def by_index(self) -> dict[int, dict[str, Any]]:
+        """Each line's record; fails where a line has two."""
+        records = {record["index"]: record for record in self.records()}
+        assert len(records) == len(self.records())
+        return records
+
+    def num_answers(self) -> int:
+        return self.output.read_bytes().count(b"\n") if self.output.exists() else 0
+
+    def when(self, num_answers: int, act: Callable[[], None]) -> threading.Thread:
+        """Does something once there are so many answers."""
+
+        def watch() -> None:
+            end = time.monotonic() + 120
+            while self.num_answers() < num_answers and time.monotonic() < end:
+                time.sleep(0.005)
+            act()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        return thread
+
+
+def questions(port: int) -> list[dict[str, Any]]:
+    """Lines of every form, wrong ones among them."""
+    url = f"http://{OTHER}:{port}/picture.png"
+    wrong = {
+        7: {"prompt": "a", "promt": "b"},
+        13: {"prompt": "a", "images": ["absent.png"]},
+        21: {"prompt": "a", "images": [f"http://{OTHER}:{port}/page.html"], "id": "page"},
+        34: {"prompt": "a", "top_p": 3},
+        40: {"prompt": "<image> <image>", "images": [PICTURES[0]]},
+        41: {"messages": [{"role": "wizard", "content": "a"}]},
+    }
+    lines = []
+    for index in range(1, 67):
+        picture = url if index % 10 == 3 else PICTURES[index % len(PICTURES)]
+        line: dict[str, Any] = {"prompt": "What do you see?", "images": [picture], "max_tokens": 8 + index * 7 % 60}
+        if index % 4 == 0:
+            parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "Name a colour."}]
+            line = {"messages": [{"role": "user", "content": parts}], "id": f"talk {index}", "logprobs": 1}
+        if index % 9 == 0:
+            line |= {"temperature": 1.0, "n": 1 + index % 2}
+        lines.append(wrong.get(index, line | {"ignore_eos": True}))
+    return lines
+
+
+def are_alike(one: Any, other: Any) -> bool:
+    """Equal, but for the last digits of a probability, which depend on what else was computed in the same step."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(are_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(are_alike, one, other))
+    if isinstance(one, float):
+        return isinstance(other, float) and math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-4)
+    return bool(one == other)
+
+
+def named(name: str) -> list[int]:
+    """Processes of this one's Ray that call themselves so."""
+    found = []
+    for pid in descendants(os.getpid()):
+        try:
+            told = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if told.startswith(f"ray::{name}"):
+            found.append(pid)
+    return found
+
+
+def test_replicas_give_the_answers_of_one_engine_though_a_rank_and_an_actor_are_killed(
+    ray_here: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in PICTURES:
+        shutil.copy(DEMO / "pictures" / name, tmp_path / name)
+    killed: list[int] = []
+
+    def kill(name: str) -> None:
+        killed.append(sorted(named(name))[0])
+        os.kill(killed[-1], signal.SIGKILL)
+
+    with picture_host() as host:
+        one = FileRun(tmp_path, questions(host.port))
+        one.output = tmp_path / "one.jsonl"
+        assert cli.main(one.words(*NETWORKS, "--executor", "inline")) == 0
+        two = FileRun(tmp_path, questions(host.port))
+        watchers = [two.when(5, lambda: kill("Worker")), two.when(30, lambda: kill("EngineActor"))]
+        capfd.readouterr()
+        assert cli.main(two.words(*NETWORKS, "--replicas", "2")) == 0
+        for watcher in watchers:
+            watcher.join()
+    err = capfd.readouterr().err
+    assert len(set(killed)) == 2
+    assert "dist-vlm: 66 lines answered, 6 of them with an error" in err
+    told, expected = two.by_index(), one.by_index()
+    assert told.keys() == expected.keys()
+    assert [index for index in told if not are_alike(told[index], expected[index])] == []
+    assert {index for index, record in two.by_index().items() if "error" in record} == {7, 13, 21, 34, 40, 41}
+    # They went over both.
+    assert [record["index"] for record in two.records()] != sorted(two.by_index())
+    assert named("EngineActor") == named("Worker") == []
+
+
+def test_a_run_that_is_killed_is_gone_on_with(ray_here: None, tmp_path: Path) -> None:
+    import ray
+
+    lines = [{"prompt": f"line {index}", "max_tokens": 1 + index % 20, "id": f"n{index}"} for index in range(1, 241)]
+    whole, cut = FileRun(tmp_path, lines), FileRun(tmp_path, lines)
+    whole.output = tmp_path / "whole.jsonl"
+    assert cli.main(whole.words("--executor", "fake")) == 0
+    words = cut.words("--executor", "fake", "--replicas", "2")
+    address = ray.get_runtime_context().gcs_address
+    # Without the second, Ray takes the network card's address for 127.0.0.1, where nothing listens.
+    environment = os.environ | {"RAY_ADDRESS": address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    run = subprocess.Popen([sys.executable, "-m", "dist_vlm.launch.cli", *words], env=environment)
+    cut.when(40, run.kill).join()
+    assert run.wait(60) == -signal.SIGKILL
+    before = cut.output.read_bytes()
+    kept = before[: before.rfind(b"\n") + 1]
+    assert 40 <= kept.count(b"\n") < 240
+    assert cli.main([*words, "--resume"]) == 0
+    assert cut.output.read_bytes().startswith(kept)
+    assert cut.by_index() == whole.by_index()
+
+
+def test_what_does_not_fit_is_told(ray_here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = FileRun(tmp_path, [{"prompt": "a"}])
+    assert cli.main(run.words("--executor", "fake", "--replicas", "3")) == 1
+    wanted = "3 replicas and a task that prepares pictures need 7 CPU; Ray has 6 in all"
+    assert wanted in capsys.readouterr().err
+    assert cli.main(run.words("--executor", "fake", "--replicas", "2", "-tp", "2", "--resume")) == 1
+    assert "2 replicas and a task that prepares pictures need 7 CPU" in capsys.readouterr().err
+
+
+def test_an_engine_that_does_not_start_says_why(
+    ray_here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = FileRun(tmp_path, [{"prompt": "a"}] * 3)
+    words = [word if word != "0.03" else "0.0001" for word in run.words("--replicas", "2")]
+    assert cli.main(words) == 1
+    err = capsys.readouterr().err
+    assert "kv_cache" in err or "blocks" in err
+    assert run.num_answers() == 0
