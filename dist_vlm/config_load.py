@@ -63,6 +63,11 @@ class LoadedConfig:
         return error.at(_source_of(error, self.sources, self.file))
 
 
+def section_of(name: str) -> str:
+    """The section that a field, the engine's or the server's, stands in."""
+    return _SECTION_OF[name]
+
+
 def load_config(path: str | None, flags: Mapping[str, str] | None = None) -> LoadedConfig:
     """Reads a YAML file (or none) and lays flags over it. `flags` maps field names to a command line's text."""
     values, sources = ({}, {}) if path is None else _read_yaml(path)

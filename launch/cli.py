@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dist_vlm.command_line import Parser, run_command
-from dist_vlm.launch import bench, check, config_show, generate, info, serve
+from dist_vlm.launch import bench, check, config_show, generate, info, restart, serve, submit
 from dist_vlm.version import __version__
 
-COMMANDS = (serve, generate, check, bench, info, config_show)
+COMMANDS = (serve, restart, submit, generate, check, bench, info, config_show)
 
 
 def build_parser() -> Parser:
@@ -27,11 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line (default: this process's own) and returns the exit status."""
 
     def run() -> int | None:
-        arguments = build_parser().parse(sys.argv[1:] if argv is None else argv)
+        words, inner = _split(list(sys.argv[1:] if argv is None else argv))
+        arguments = build_parser().parse(words)
+        if inner:
+            arguments.inner = inner
         subcommand: Callable[[Any], int | None] = arguments.run
         return subcommand(arguments)
 
     return run_command(run)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words of `submit`, and behind a -- those of the command that it submits."""
+    if words[:1] != ["submit"] or "--" not in words:
+        return words, []
+    place = words.index("--")
+    return words[:place], words[place + 1 :]
 
 
 if __name__ == "__main__":

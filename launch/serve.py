@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_vlm.config import RULES, EngineConfig
 from dist_vlm.config_load import SERVER_RULES, add_config_flags, config_flags, load_config
-from dist_vlm.engine.core_client import CoreClient
 from dist_vlm.entrypoints.start import start_server
+
+if TYPE_CHECKING:
+    from dist_vlm.engine.core_client import CoreClient
 
 _TEXT = """\
 Serves a model over HTTP in OpenAI's form: /v1/chat/completions, /v1/completions, /v1/models and others; a page to try

@@ -3,7 +3,8 @@
     python -m dist_vlm.engine.core_process DESCRIPTOR DIRECTORY
 
 DESCRIPTOR is the socket's, DIRECTORY is for temporary files: who started the process removes what it could not. The
-process ends, and its ranks with it, when the front closes the socket or dies.
+process ends, and its ranks with it, when the front closes the socket or dies. A SIGTERM is the front's to answer: who
+ends a job sends it to every process of it, and the front still has requests to finish.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from dist_vlm.workers import wire
 from dist_vlm.workers.failure import describe
 from dist_vlm.workers.frames import receive_frame, send_frame
 
+# To this process itself: ends the start that its main thread is in.
+_BREAK_OFF = signal.SIGUSR1
+
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +60,7 @@ class CoreProcess:
             if self._start(message):
                 reader.join()
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would break off what ends the ranks
+            signal.signal(_BREAK_OFF, signal.SIG_IGN)  # it would break off what ends the ranks
             if self._loop is not None:
                 self._loop.shutdown()
 
@@ -88,7 +92,7 @@ class CoreProcess:
         except Exception:
             _log.exception("the front's messages cannot be read")
         if not self._settled.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)  # breaks off the start, in the main thread
+            os.kill(os.getpid(), _BREAK_OFF)
 
     def _obey(self, message: messages.Message) -> None:
         if self._loop is None or not self._settled.is_set():
@@ -129,7 +133,8 @@ class CoreProcess:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(_BREAK_OFF, _leave)
+    signal.signal(signal.SIGTERM, _go_on)
     tempfile.tempdir = sys.argv[2]
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         # No process started from here may keep the socket open: its end is how the front learns of ours.
@@ -139,6 +144,10 @@ def main() -> None:
             CoreProcess(connection).run()
     with suppress(OSError):
         os.rmdir(sys.argv[2])  # the front may be gone
+
+
+def _go_on(signum: int, frame: FrameType | None) -> None:
+    """Not SIG_IGN, which the processes that are started from here would inherit."""
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -157,6 +158,8 @@ def main() -> None:
     # transformers' image processors of the PIL backend do without torch, which would cost each process four times the
     # memory and the time to start: to them it is not installed.
     sys.modules["torch"] = None  # type: ignore[assignment]
+    # Who ends a job sends it to every process of it; this one ends with its pool, whose requests are still finished.
+    signal.signal(signal.SIGTERM, lambda signum, frame: None)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         connection.set_inheritable(False)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # standard output is the server's

@@ -6,13 +6,16 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from dist_vlm.config import ConfigError, EngineConfig
 from dist_vlm.config_load import LoadedConfig
 from dist_vlm.config_server import ServerConfig
-from dist_vlm.engine.core_client import CoreClient
 from dist_vlm.engine.template_source import given_template
 from dist_vlm.machine import usable_cores
+
+if TYPE_CHECKING:
+    from dist_vlm.engine.core_client import CoreClient
 
 PACKAGES = ("fastapi", "uvicorn", "httptools", "uvloop", "aiohttp", "prometheus_client")
 _FILES = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
@@ -45,7 +48,8 @@ def _beside_a_server(loaded: LoadedConfig) -> EngineConfig:
     engine = loaded.resolve()
     if engine.parallel.device != "cpu" or "threads_per_rank" in loaded.sources:
         return engine
-    return engine.replace(threads_per_rank=max(1, (usable_cores() - 1) // engine.parallel.tensor_parallel_size))
+    num_ranks = engine.parallel.tensor_parallel_size * -(-engine.parallel.replicas // engine.parallel.num_nodes)
+    return engine.replace(threads_per_rank=max(1, (usable_cores() - 1) // num_ranks))
 
 
 def _check_servable(engine: EngineConfig, server: ServerConfig) -> None:

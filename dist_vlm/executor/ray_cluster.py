@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -131,7 +131,7 @@ class RayCluster:
             )
         if address != "auto":
             _check_reachable(address, timeout_s)
-        with _sigterm_kept():
+        with _sigterm_kept(), _loopback_only() if _is_loopback(address) else nullcontext():
             self._joined = True
             self._keeper = _Keeper()
             self._keeper.call(ray.init, timeout_s, address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -145,7 +145,7 @@ class RayCluster:
         self.private = True
         if not os.environ.get("RAY_AUTH_MODE"):
             self._auth_before = _set_auth({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
-        with _sigterm_kept(), _environment(_worker_environment()), _loopback_only(), _without_helpers():
+        with _sigterm_kept(), loopback(), _without_helpers():
             self._keeper = _Keeper()
             self._keeper.call(
                 ray.init,
@@ -216,11 +216,25 @@ def _worker_environment() -> dict[str, str]:
     return variables
 
 
+@contextmanager
+def loopback() -> Iterator[None]:
+    """Ray that is started in here listens on 127.0.0.1 alone, and its processes can import this package."""
+    with _environment(_worker_environment()), _loopback_only():
+        yield
+
+
 def import_root() -> str | None:
     """The directory to put on another process's path to import this package; None where it is installed."""
     root = str(Path(__file__).resolve().parents[2])
     installed = [*site.getsitepackages(), site.getusersitepackages()]
     return None if root in map(os.path.realpath, installed) else root
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether a cluster that listens on this machine alone is meant; from another address it could not be reached."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "")
+    return address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
 
 
 def _check_reachable(address: str, timeout_s: float) -> None:

@@ -32,7 +32,8 @@ def serve(engine: EngineConfig, server: ServerConfig, client: CoreClient | None 
     """Serves until a SIGTERM or SIGINT, then finishes what is in work. Returns the exit status: 0, or 1 if the engine
     ended by itself.
 
-    engine, server: resolved. client: the engine, not started, in place of one in a process beside this. Raises what `AsyncLLM` raises, and `OSError` where the port is taken.
+    engine, server: resolved. client: the engine, not started, in place of one in a process beside this.
+    Raises what `AsyncLLM` raises, and `OSError` where the port is taken.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     sys.setswitchinterval(_SWITCH_S)

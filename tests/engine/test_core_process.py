@@ -108,7 +108,7 @@ def configure(engine_config: EngineConfig) -> messages.Configure:
 
 
 def add(name: str) -> messages.Add:
-    return messages.Add(name, (1, 2, 3), (), SamplingRow(), 100, (), 0, "")
+    return messages.Add(name, (1, 2, 3), (), SamplingRow(), 100, (), 0, "", (), 0)
 
 
 def test_it_ends_when_its_front_leaves_with_requests_in_flight(
@@ -142,13 +142,16 @@ def test_a_front_that_leaves_during_a_start_ends_it_and_the_ranks(
     assert mark.read_text() == "shut down"
 
 
-def test_a_request_to_end_is_obeyed_and_the_ranks_are_shut_down(
+def test_a_request_to_end_is_left_to_the_front(
     make_process: Callable[..., Process], configure: messages.Configure
 ) -> None:
     process = make_process()
     process.send(configure)
     assert isinstance(process.receive(), messages.Started)
     process.popen.send_signal(signal.SIGTERM)
+    process.send(add("a"))
+    assert isinstance(process.receive(), messages.Outputs)
+    process.connection.close()
     assert process.end() == (0, "", "")
 
 

@@ -20,7 +20,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerCo
     """What the server is started with; it ends at once, with status 7."""
     calls: list[tuple[EngineConfig, ServerConfig]] = []
     stand_in: Any = ModuleType("dist_vlm.server.serve")
-    stand_in.serve = lambda engine, server: calls.append((engine, server)) or 7
+    stand_in.serve = lambda engine, server, client: calls.append((engine, server)) or 7
     monkeypatch.setitem(sys.modules, "dist_vlm.server.serve", stand_in)
     return calls
 
@@ -48,7 +48,8 @@ def test_ranks_on_a_cpu_leave_a_core_to_the_server_unless_their_threads_are_give
     flags = {"model": str(tiny_facts), "device": "cpu", "tensor_parallel_size": str(ranks)}
     start.start_server(load_config(None, flags))
     start.start_server(load_config(None, flags | {"threads_per_rank": "3"}))
-    assert [engine.parallel.threads_per_rank for engine, _ in served] == [threads, 3]
+    start.start_server(load_config(None, flags | {"replicas": "2"}), lambda engine: None)  # type: ignore[arg-type]
+    assert [engine.parallel.threads_per_rank for engine, _ in served] == [threads, 3, max(1, threads // 2)]
 
 
 @pytest.mark.parametrize("kind", ["ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "chat_template"])

@@ -96,7 +96,10 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"dist-vlm {__version__}\n"
 
 
-GENERATE = "prompt image input output resume media-root max-tokens temperature top-p top-k"
+GENERATE = (
+    "prompt image input output resume media-root max-tokens temperature top-p top-k "
+    "allowed-media-hosts allowed-media-networks image-fetch-timeout-s max-image-mib"
+)
 CHECK = "ranks probes tolerance json reference-device"
 
 

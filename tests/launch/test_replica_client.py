@@ -244,7 +244,9 @@ def test_a_second_server_of_the_name_is_refused(llm: AsyncLLM, client: ReplicaCl
 def test_what_no_node_could_hold_is_told_at_once(llm: AsyncLLM, client: ReplicaClient) -> None:
     config = client._config.replace(tensor_parallel_size=4, app_name="large")
     began = time.monotonic()
-    with pytest.raises(StartError, match=r"a replica needs 5 CPU, 0 GPU on one machine; Ray has, a machine: .*3 CPU, 0 GPU"):
+    with pytest.raises(
+        StartError, match=r"a replica needs 5 CPU, 0 GPU on one machine; Ray has, a machine: .*3 CPU, 0 GPU"
+    ):
         AsyncLLM.from_config(config, client=ReplicaClient(config))
     assert time.monotonic() - began < 20
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from dist_vlm.executor.ray_cluster import _environment, _loopback_only, _worker_environment
+from dist_vlm.executor.ray_cluster import loopback
 
 _STORE_BYTES = 100 << 20
 
@@ -40,7 +40,7 @@ def started(*, num_nodes: int, node_cpus: int) -> Iterator[Nodes]:
         "include_dashboard": False,
         "object_store_memory": _STORE_BYTES,
     }
-    with _environment(_worker_environment()), _loopback_only():
+    with loopback():
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             yield Nodes(cluster, num_nodes=num_nodes, node_cpus=node_cpus)

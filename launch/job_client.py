@@ -1,0 +1,124 @@
+"""Ray's job API, with its failures in words: where the cluster is, what it refuses, what became of a job."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import requests
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_PAUSE_S = 0.5
+# A log that breaks off so often in a row without a new word is given up.
+_MAX_BREAKS = 10
+# For a job that was stopped; one that was killed has 128 and the signal's number, as a shell tells it.
+STOPPED = 130
+
+
+def job_address(given: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
+    """The address of the cluster's job API, and where it is from."""
+    if given is not None:
+        return given, "--address"
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        if environ.get(name, "").startswith(("http://", "https://")):
+            return environ[name], name
+    return DEFAULT_ADDRESS, "the default; --address names another"
+
+
+class JobClient:
+    """Raises `RuntimeError` naming the address where no cluster answers, or where it refuses; so do all methods.
+
+    address, source: from `job_address`. The token is Ray's affair: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or
+        RAY_AUTH_TOKEN_PATH.
+    """
+
+    def __init__(self, address: str, source: str) -> None:
+        self._where = f"{address} ({source})"
+        try:
+            submission = importlib.import_module("ray.job_submission")
+        except ImportError:
+            raise RuntimeError("Ray's job API is missing: pip install 'dist-vlm[cluster]'") from None
+        with self._in_words():
+            self._client = submission.JobSubmissionClient(address)
+
+    def submit(self, entrypoint: str, *, runtime_env: dict[str, Any], job_id: str | None) -> str:
+        """Returns the job's id. job_id: None takes one from Ray; one that exists is refused."""
+        with self._in_words():
+            submitted: str = self._client.submit_job(
+                entrypoint=entrypoint, runtime_env=runtime_env, submission_id=job_id
+            )
+        return submitted
+
+    def details(self, job_id: str) -> Any:
+        with self._in_words():
+            return self._client.get_job_info(job_id)
+
+    def stop(self, job_id: str) -> None:
+        with self._in_words():
+            self._client.stop_job(job_id)
+
+    def follow(self, job_id: str, write: Callable[[str], None]) -> Any:
+        """Passes the job's log on as it grows, until the job has ended; returns its details."""
+        return asyncio.run(self._follow(job_id, write))
+
+    async def _follow(self, job_id: str, write: Callable[[str], None]) -> Any:
+        num_written = num_breaks = 0
+        while True:
+            num_seen, cause = 0, None
+            try:
+                # A new connection begins with the log's beginning: what is written already is passed over.
+                async for text in self._client.tail_job_logs(job_id):
+                    new = text[max(0, num_written - num_seen) :]
+                    num_seen += len(text)
+                    if new:
+                        write(new)
+                        num_written, num_breaks = max(num_written, num_seen), 0
+            except Exception as error:
+                cause = error
+            details = await asyncio.to_thread(self.details, job_id)
+            if details.status.is_terminal():
+                return details
+            num_breaks += 1
+            if num_breaks >= _MAX_BREAKS:
+                raise RuntimeError(f"job {job_id}: its log breaks off again and again ({type(cause).__name__})")
+            await asyncio.sleep(_PAUSE_S)
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as error:
+            raise RuntimeError(_refused(self._where)) from error
+        except (requests.exceptions.RequestException, ConnectionError) as error:
+            text = f"no Ray cluster with a dashboard answers at {self._where} ({type(error).__name__})"
+            raise RuntimeError(text) from error
+
+
+def exit_status(details: Any) -> int:
+    """The entrypoint's own, where the job has one."""
+    if details.status == "SUCCEEDED":
+        return 0
+    if details.status == "STOPPED":
+        return STOPPED
+    code = details.driver_exit_code
+    if code is None:
+        return 1
+    return 128 - code if code < 0 else code or 1
+
+
+def _refused(where: str) -> str:
+    sent = "the one that was sent is not the cluster's" if _has_token(os.environ) else "none was sent"
+    return (
+        f"the Ray cluster at {where} asks for a token, and {sent}: "
+        "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
+    )
+
+
+def _has_token(environ: Mapping[str, str]) -> bool:
+    return environ.get("RAY_AUTH_MODE") == "token"
