@@ -269,9 +269,9 @@ class AsyncLLM:
 
 def _new_client(config: EngineConfig, executor: Executor | None) -> CoreClient:
     """Raises `ValueError` for what an AsyncLLM cannot be by itself."""
-    if config.most_replicas != 1:
+    if config.parallel.replicas != 1:
         raise ValueError(
-            f"replicas = {config.most_replicas}: an AsyncLLM drives one tensor-parallel group; must be 1 here "
+            f"replicas = {config.parallel.replicas}: an AsyncLLM drives one tensor-parallel group; must be 1 here "
             "(`dist-vlm serve` serves several)"
         )
     if not config.observability.disable_log_stats:

@@ -94,9 +94,9 @@ class LLM:
         return llm
 
     def _start(self, config: EngineConfig, executor: Executor | None) -> None:
-        if config.most_replicas != 1:
+        if config.parallel.replicas != 1:
             raise ValueError(
-                f"replicas = {config.most_replicas}: an LLM drives one tensor-parallel group; must be 1 here"
+                f"replicas = {config.parallel.replicas}: an LLM drives one tensor-parallel group; must be 1 here"
             )
         if not config.observability.disable_log_stats:
             raise ValueError("disable_log_stats = False: not served by this version; leave it at True")

@@ -6,9 +6,9 @@ a head without either. Ray itself places, on resources that are only counted.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +17,8 @@ from dist_vlm.config import EngineConfig
 from dist_vlm.config_load import LoadedConfig
 from dist_vlm.executor import placement
 from dist_vlm.executor.base import StartError
-from dist_vlm.executor.ray_cluster import RayCluster, loopback
+from dist_vlm.executor.deadline import Deadline
+from dist_vlm.executor.ray_cluster import RayCluster, loopback, with_token
 from dist_vlm.launch.config_show import shown
 
 _STORE_BYTES = 80 << 20
@@ -50,16 +51,14 @@ def placed(config: EngineConfig) -> list[str]:
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
     parallel = config.parallel
-    bundles = placement.engine_bundles(
-        device=parallel.device, world_size=parallel.tensor_parallel_size, share_gpu=parallel.share_gpu
-    )
+    bundles = placement.engine_bundles_of(parallel)
     placement.check_fits(bundles, what="a replica needs")
-    deadline = time.monotonic() + parallel.start_timeout_s
+    deadline = Deadline(parallel.start_timeout_s)
     groups: list[Any] = []
     try:
         groups += [placement_group(bundles, strategy=placement.STRATEGY) for _ in range(parallel.replicas)]
         for number, group in enumerate(groups):
-            if not group.wait(max(0.1, deadline - time.monotonic())):
+            if not group.wait(deadline.remaining_s):
                 raise StartError(
                     "placement",
                     f"{number} of {parallel.replicas} replicas could be placed; each asks for "
@@ -83,7 +82,7 @@ def made_up_cluster(config: EngineConfig) -> Iterator[str]:
     """The address of a Ray cluster of as many machines as the launch names, all of them on this one."""
     from ray.cluster_utils import Cluster
 
-    with loopback():
+    with loopback(), with_token(), _real_address_kept():
         cluster = Cluster(initialize_head=True, head_node_args=node_options(0, 0))
         try:
             for _ in range(config.parallel.num_nodes):
@@ -91,6 +90,18 @@ def made_up_cluster(config: EngineConfig) -> Iterator[str]:
             yield cluster.address
         finally:
             cluster.shutdown()
+
+
+@contextmanager
+def _real_address_kept() -> Iterator[None]:
+    """The made-up cluster's address is written where Ray finds that of a real head on this machine, and deleted."""
+    utils: Any = importlib.import_module("ray._private.utils")
+    before = utils.read_ray_address()
+    try:
+        yield
+    finally:
+        if before is not None:
+            utils.write_ray_address(before)
 
 
 def node_size(config: EngineConfig) -> tuple[int, int]:

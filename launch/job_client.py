@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import requests
 
+from dist_vlm.workers.failure import describe
+
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _PAUSE_S = 0.5
+_READY_S = 30.0
+_NOT_READY = "No available agent"
 # A log that breaks off so often in a row without a new word is given up.
 _MAX_BREAKS = 10
+# A connection that lasted so long had only nothing to tell.
+_LASTED_S = 5.0
 # For a job that was stopped; one that was killed has 128 and the signal's number, as a shell tells it.
 STOPPED = 130
 
@@ -47,11 +54,19 @@ class JobClient:
 
     def submit(self, entrypoint: str, *, runtime_env: dict[str, Any], job_id: str | None) -> str:
         """Returns the job's id. job_id: None takes one from Ray; one that exists is refused."""
-        with self._in_words():
-            submitted: str = self._client.submit_job(
-                entrypoint=entrypoint, runtime_env=runtime_env, submission_id=job_id
-            )
-        return submitted
+        end = time.monotonic() + _READY_S
+        while True:
+            try:
+                with self._in_words():
+                    submitted: str = self._client.submit_job(
+                        entrypoint=entrypoint, runtime_env=runtime_env, submission_id=job_id
+                    )
+                return submitted
+            except RuntimeError as error:
+                # The dashboard of a cluster that has just started answers before its agents do.
+                if _NOT_READY not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(_PAUSE_S)
 
     def details(self, job_id: str) -> Any:
         with self._in_words():
@@ -68,7 +83,8 @@ class JobClient:
     async def _follow(self, job_id: str, write: Callable[[str], None]) -> Any:
         num_written = num_breaks = 0
         while True:
-            num_seen, cause = 0, None
+            num_seen, began = 0, time.monotonic()
+            cause: Exception | None = None
             try:
                 # A new connection begins with the log's beginning: what is written already is passed over.
                 async for text in self._client.tail_job_logs(job_id):
@@ -79,12 +95,16 @@ class JobClient:
                         num_written, num_breaks = max(num_written, num_seen), 0
             except Exception as error:
                 cause = error
-            details = await asyncio.to_thread(self.details, job_id)
-            if details.status.is_terminal():
-                return details
-            num_breaks += 1
+            try:
+                details = await asyncio.to_thread(self.details, job_id)
+                if details.status.is_terminal():
+                    return details
+            except RuntimeError as error:
+                cause = error
+            num_breaks = 1 if time.monotonic() - began > _LASTED_S else num_breaks + 1
             if num_breaks >= _MAX_BREAKS:
-                raise RuntimeError(f"job {job_id}: its log breaks off again and again ({type(cause).__name__})")
+                last = "without a cause" if cause is None else describe(cause)
+                raise RuntimeError(f"job {job_id}: its log breaks off again and again: {last}")
             await asyncio.sleep(_PAUSE_S)
 
     @contextmanager

@@ -46,6 +46,7 @@ def packed(
         work.mkdir()
     else:
         shutil.copytree(working_dir, work, symlinks=True)
+    (work / LAUNCH_FILE).unlink(missing_ok=True)  # a link would lead to the user's own file
     (work / LAUNCH_FILE).write_text(launch_text(loaded), encoding="utf-8")
     key = loaded.server.api_key or _key_of(environ)
     wait_s = math.ceil(loaded.server.drain_timeout_s) + _ENDING_S

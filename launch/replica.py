@@ -70,7 +70,8 @@ class EngineReplica:
             self._core.add(request)
             while not stream.is_over:
                 outputs = await stream.next()
-                if stream.is_over and self._core.dead is not None:
+                if stream.is_over and self._core.ended().done():
+                    # What it says then is its own end, not the request's.
                     raise RuntimeError("the replica's engine has ended")
                 told = tuple(
                     messages.output_message(output._replace(request_id=message.request_id)) for output in outputs

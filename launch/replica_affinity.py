@@ -1,10 +1,10 @@
 """Which replica a request should meet: the one that holds its beginning, unless that one has far more to do.
 
 Each replica's prefix cache is followed from outside: the digests of the blocks that requests sent to it have left
-there. A request follows its beginning where at least half of its prompt is held; otherwise, and where the holder is
-ahead of the least loaded replica by too many requests, it goes where the least work is open. So a picture asked about
-again meets its own keys and values, new ones spread evenly, and one that everybody asks about is soon held by several
-replicas.
+there. A request follows its beginning where at least half of its prompt is held, unless the holder is ahead of the
+least loaded replica by too many requests. What nobody holds goes to the replica that was sent the fewest tokens, among
+those that are not ahead either: where a picture goes first, all that ask about it will follow. So a picture asked about
+again meets its own keys and values, new ones spread evenly, and one that everybody asks about is soon held by several.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 
 # What an answer is expected to be long at most, where a request allows more.
 _EXPECTED_TOKENS = 512
-# A holder may have twice the requests of the least loaded replica and so many more.
-_LEAD = 8
+# A replica is ahead when it has half as many requests again as the least loaded one, and so many more.
+_LEAD = 4
+# Of so many tokens the older half counts half.
+_WINDOW = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class Claim:
 
 @dataclass(slots=True)
 class _Replica:
-    """num_blocks: of its KV cache. held: digests, the one used longest ago first. total: tokens ever sent there."""
+    """num_blocks: of its KV cache. held: digests, the one used longest ago first. total: tokens sent there, the older
+    ones counting less. open: requests, each with the tokens until its answer is there."""
 
     num_blocks: int
     total: int
@@ -69,16 +72,18 @@ class Affinity:
     def rank(self, names: Iterable[str], claim: Claim) -> list[str]:
         """Those of the names that `update` told, the best first."""
         known = {name: self._replicas[name] for name in names if name in self._replicas}
-        ranked = sorted(known, key=lambda name: (self._cost(known[name], claim), known[name].total, name))
-        if not ranked:
+        if not known:
             return []
-        holder = max(ranked, key=lambda name: self._num_held(known[name], claim))
-        least = min(len(one.open) for one in known.values())
-        holds_enough = 2 * self._num_held(known[holder], claim) >= claim.num_tokens
-        if holds_enough and len(known[holder].open) <= 2 * least + _LEAD:
-            ranked.remove(holder)
-            ranked.insert(0, holder)
-        return ranked
+        limit = 1.5 * min(len(one.open) for one in known.values()) + _LEAD
+
+        def key(name: str) -> tuple[bool, int, int, str]:
+            replica = known[name]
+            num_held = self._num_held(replica, claim)
+            # A system prompt that all of them share must not decide.
+            counts = 2 * num_held >= claim.num_tokens
+            return len(replica.open) > limit, -num_held if counts else 0, replica.total + replica.work, name
+
+        return sorted(known, key=key)
 
     def begin(self, name: str, request_id: str, claim: Claim) -> None:
         """A request has been sent to a replica, which will hold its prompt."""
@@ -88,6 +93,9 @@ class Affinity:
         num_new = claim.num_tokens - self._num_held(replica, claim)
         replica.open[request_id] = num_new + min(claim.max_tokens, _EXPECTED_TOKENS)
         replica.total += claim.num_tokens
+        if sum(one.total for one in self._replicas.values()) > _WINDOW:
+            for one in self._replicas.values():
+                one.total //= 2
         # The end of a prompt is the first to go, as in the cache itself.
         for digest in reversed(claim.digests):
             replica.held[digest] = None
@@ -100,12 +108,6 @@ class Affinity:
         replica = self._replicas.get(name)
         if replica is not None:
             replica.open.pop(request_id, None)
-
-    def _cost(self, replica: _Replica, claim: Claim) -> int:
-        """Tokens until the request would have its answer. What little of its beginning is held elsewhere too, as a
-        system prompt is, must not decide."""
-        num_held = self._num_held(replica, claim)
-        return replica.work - (num_held if 2 * num_held >= claim.num_tokens else 0)
 
     def _num_held(self, replica: _Replica, claim: Claim) -> int:
         """Tokens of the prompt's beginning that the replica holds."""

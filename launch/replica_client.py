@@ -87,7 +87,8 @@ class ReplicaClient(CoreClient):
         self._close(SHUT_DOWN)
         with self._ending:
             if self._thread.is_alive():
-                asyncio.run_coroutine_threadsafe(self._cancel_all(), self._events).result()
+                with suppress(TimeoutError):
+                    asyncio.run_coroutine_threadsafe(self._cancel_all(), self._events).result(_JOIN_S)
                 self._replicas.stop()
                 self._events.call_soon_threadsafe(self._events.stop)
                 self._thread.join(_JOIN_S)
@@ -133,6 +134,7 @@ class ReplicaClient(CoreClient):
     # ---------------------------------------------------------- the client's loop
 
     def _begin_watching(self) -> None:
+        self._reports.begin()
         self._watching = [self._events.create_task(one) for one in (self._look(), self._await_restarts())]
 
     async def _cancel_all(self) -> None:
@@ -154,13 +156,22 @@ class ReplicaClient(CoreClient):
     async def _await_restarts(self) -> None:
         """`dist-vlm restart` leaves its word with the anchor."""
         while not self._closing:
-            await self._replicas.anchor.next_restart.remote()
-            await asyncio.to_thread(self.replace_all)
+            try:
+                await self._replicas.anchor.next_restart.remote()
+                await asyncio.to_thread(self.replace_all)
+            except Exception:
+                _log.exception("the replicas are not replaced")
+                await asyncio.sleep(_LOOK_S)
 
     def _begin(self, request: EngineRequest) -> None:
         task = self._events.create_task(self._drive(request))
         self._tasks[request.request_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(request.request_id, None))
+        task.add_done_callback(lambda ended: self._end(request.request_id, ended))
+
+    def _end(self, request_id: str, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(request_id, None)
+        if task.cancelled():  # maybe before it began
+            self._tell([EngineOutput(request_id, finish_reason="abort")])
 
     def _cancel(self, request_id: str) -> None:
         task = self._tasks.get(request_id)
@@ -170,32 +181,33 @@ class ReplicaClient(CoreClient):
     async def _drive(self, request: EngineRequest) -> None:
         """Tells the outputs of a request, from as many streams as it takes."""
         num_breaks = 0
-        try:
-            while True:
-                num_told = len(request.output_token_ids) + request.num_prompt_logprobs
-                is_first = not num_told and not num_breaks
-                cause = "its stream ended before the request"
-                try:
-                    async for output in self._stream(request):
-                        # A later replica's cache holds what the first one's did not.
-                        self._tell([output if is_first else output._replace(num_cached_tokens=0)])
-                        if output.finish_reason is not None:
-                            return
-                        request = _with(request, output)
-                except Exception as error:
-                    cause = death_cause(error) if is_death(error) else describe(error)
-                if self._closing:
-                    return
-                has_got_on = len(request.output_token_ids) + request.num_prompt_logprobs > num_told
-                num_breaks = 1 if has_got_on else num_breaks + 1
-                if num_breaks >= _MAX_BREAKS:
-                    _log.error("request %s is given up: %s", request.request_id, cause)
-                    text = f"{num_breaks} replicas in a row were lost with the request"
-                    self._tell([error_output(request.request_id, text)])
-                    return
-                _log.warning("request %s goes on in another replica: %s", request.request_id, cause)
-        except asyncio.CancelledError:
-            self._tell([EngineOutput(request.request_id, finish_reason="abort")])
+        while True:
+            num_told = len(request.output_token_ids) + request.num_prompt_logprobs
+            is_first = not num_told and not num_breaks
+            cause = "its stream ended before the request"
+            try:
+                async for output in self._stream(request):
+                    # A later replica's cache holds what the first one's did not.
+                    self._tell([output if is_first else output._replace(num_cached_tokens=0)])
+                    if output.finish_reason is not None:
+                        return
+                    request = _with(request, output)
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                cause = "it was cancelled in its replica"
+            except Exception as error:
+                cause = death_cause(error) if is_death(error) else describe(error)
+            if self._closing:
+                return
+            has_got_on = len(request.output_token_ids) + request.num_prompt_logprobs > num_told
+            num_breaks = 1 if has_got_on else num_breaks + 1
+            if num_breaks >= _MAX_BREAKS:
+                _log.error("request %s is given up: %s", request.request_id, cause)
+                text = f"{num_breaks} replicas in a row were lost with the request"
+                self._tell([error_output(request.request_id, text)])
+                return
+            _log.warning("request %s goes on in another replica: %s", request.request_id, cause)
 
     async def _stream(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """A request's outputs from one replica; closing it has the replica abort the request."""
@@ -229,6 +241,12 @@ class ReplicaClient(CoreClient):
         return Claim(tuple(digests), len(token_ids), request.max_tokens - len(request.output_token_ids))
 
 
+def _is_cancelled() -> bool:
+    """Whether somebody here has cancelled this task; Serve raises the same error for a cancellation over there."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def _with(request: EngineRequest, output: EngineOutput) -> EngineRequest:
     """The request as another replica is to go on with it."""
     return dataclasses.replace(
@@ -244,7 +262,11 @@ class _Reports:
     def __init__(self) -> None:
         self.latest: list[ReplicaReport] = []
         self._told_at: dict[str, float] = {}
-        self._gone: list[EngineState] = []
+        self._gone: dict[str, EngineState] = {}
+        self._seen_at = time.monotonic()
+
+    def begin(self) -> None:
+        """From now on there are replicas."""
         self._seen_at = time.monotonic()
 
     def take(self, reports: list[ReplicaReport]) -> None:
@@ -252,9 +274,8 @@ class _Reports:
         before = {report.replica_id: report for report in self.latest}
         after = {report.replica_id: report for report in reports}
         # What they have done counts on; what they held is gone.
-        self._gone = [
-            total(self._gone + [one.state.only_counts() for name, one in before.items() if name not in after])
-        ]
+        self._gone |= {name: one.state.only_counts() for name, one in before.items()}
+        self._gone = {name: state for name, state in self._gone.items() if name not in after}
         for name, report in after.items():
             if name not in before or before[name] != report:
                 self._told_at[name] = now
@@ -274,4 +295,4 @@ class _Reports:
         return min((age for age in ages if age), key=max, default=(now - self._seen_at,))
 
     def state(self) -> EngineState:
-        return total([report.state for report in self.latest] + self._gone)
+        return total([*(report.state for report in self.latest), *self._gone.values()])

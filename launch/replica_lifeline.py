@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +18,7 @@ NAMESPACE = "dist_vlm"
 
 # Each replica waits for the anchor's end, and the server for a command.
 _MOST_WAITING = 1000
+_PAUSE_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -63,12 +65,21 @@ class Lifeline:
         from ray import serve
 
         try:
-            with suppress(ray.exceptions.RayActorError):
-                ray.get(self.anchor.for_ever.remote())
-            with suppress(ValueError):
-                ray.get_actor(self._app_name, namespace=NAMESPACE)
-                return  # it is this replica that was cut off
+            while self._is_there():
+                with suppress(ray.exceptions.RayActorError):
+                    ray.get(self.anchor.for_ever.remote())
+                time.sleep(_PAUSE_S)
             _log.error("the server is gone; its application %s is deleted", self._app_name)
             serve.delete(self._app_name, _blocking=False)
         except Exception as error:  # this replica's own end
             _log.debug("the lifeline ended with %s", type(error).__name__)
+
+    def _is_there(self) -> bool:
+        """By Ray's own books: a replica that was cut off for a moment has lost nobody."""
+        import ray
+
+        try:
+            ray.get_actor(self._app_name, namespace=NAMESPACE)
+        except ValueError:
+            return False
+        return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from dist_vlm.config import EngineConfig
 from dist_vlm.executor import placement
 from dist_vlm.executor.base import StartError
+from dist_vlm.executor.deadline import Deadline
 from dist_vlm.launch.replica import EngineReplica
 from dist_vlm.launch.replica_lifeline import Lifeline
 
@@ -36,18 +38,18 @@ class ReplicaSet:
         self._config = config
         self._name = config.scaling.app_name
         self._lifeline: Lifeline | None = None
-        self._began_serve = False
+        # Of deploying and deleting, which several threads may ask for.
+        self._deploying = threading.Lock()
 
     def start(self, timeout_s: float) -> Any:
         """Deploys the replicas and waits until all run; returns the handle to them.
 
         Raises `StartError` with the cause of the first that failed, or with what they ask for and what there is.
         """
-        import ray
         from ray import serve
 
-        deadline = time.monotonic() + timeout_s
-        bundles = _bundles(self._config)
+        deadline = Deadline(timeout_s)
+        bundles = placement.engine_bundles_of(self._config.parallel)
         placement.check_fits(bundles, what="a replica needs")
         try:
             self._lifeline = Lifeline(self._name)
@@ -55,14 +57,10 @@ class ReplicaSet:
             raise StartError(
                 _STAGE, f"app_name = {self._name!r}: a server of this name runs in the cluster; name this one otherwise"
             ) from None
-        try:
-            ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-        except ValueError:
-            self._began_serve = True
         serve.start(proxy_location="Disabled")
         self._deploy()
         while not self._all_run():
-            if time.monotonic() > deadline:
+            if deadline.over:
                 raise StartError(_STAGE, self._told_late(bundles, timeout_s))
             time.sleep(_POLL_S)
         return serve.get_app_handle(self._name)
@@ -74,20 +72,21 @@ class ReplicaSet:
         self._deploy()
 
     def stop(self) -> None:
-        """Ends the replicas, and Serve where it was begun here."""
+        """Ends the replicas, and Serve where nobody else has an application there."""
         import ray
         from ray import serve
 
-        if self._lifeline is None or not ray.is_initialized():
-            return
-        with suppress(Exception):
-            serve.delete(self._name)
-        if self._began_serve:
+        with self._deploying:
+            lifeline, self._lifeline = self._lifeline, None
+            if lifeline is None or not ray.is_initialized():
+                return
             with suppress(Exception):
-                serve.shutdown()
-        with suppress(Exception):
-            ray.kill(self._lifeline.anchor)
-        self._lifeline = None
+                serve.delete(self._name)
+            with suppress(Exception):
+                if not serve.status().applications:
+                    serve.shutdown()
+            with suppress(Exception):
+                ray.kill(lifeline.anchor)
 
     @property
     def anchor(self) -> Any:
@@ -95,18 +94,21 @@ class ReplicaSet:
         return self._lifeline.anchor
 
     def _deploy(self) -> None:
-        """Without a version of our own, every deployment counts as a new one: its replicas replace those before it."""
+        """Without a version of our own, every deployment counts as a new one: its replicas replace those before it.
+        Nothing after a `stop`."""
         from ray import serve
 
-        options = _options(self._config)
         make_deployment: Any = serve.deployment
-        deployment = make_deployment(EngineReplica).options(**options)
-        target = serve.RunTarget(
-            target=deployment.bind(json.dumps(self._config.fields()), self._lifeline),
-            name=self._name,
-            route_prefix=None,
-        )
-        serve.run_many([target], wait_for_applications_running=False)
+        deployment = make_deployment(EngineReplica).options(**_options(self._config))
+        with self._deploying:
+            if self._lifeline is None:
+                return
+            target = serve.RunTarget(
+                target=deployment.bind(json.dumps(self._config.fields()), self._lifeline),
+                name=self._name,
+                route_prefix=None,
+            )
+            serve.run_many([target], wait_for_applications_running=False)
 
     def _all_run(self) -> bool:
         """Raises `StartError` if one could not be started."""
@@ -135,13 +137,6 @@ class ReplicaSet:
         )
 
 
-def _bundles(config: EngineConfig) -> list[dict[str, float]]:
-    parallel = config.parallel
-    return placement.engine_bundles(
-        device=parallel.device, world_size=parallel.tensor_parallel_size, share_gpu=parallel.share_gpu
-    )
-
-
 def _options(config: EngineConfig) -> dict[str, Any]:
     from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
@@ -162,7 +157,7 @@ def _options(config: EngineConfig) -> dict[str, Any]:
         "name": _DEPLOYMENT,
         "max_ongoing_requests": num_slots * (1 + _WAITING_PER_RUNNING),
         "ray_actor_options": {"num_cpus": 1},
-        "placement_group_bundles": _bundles(config),
+        "placement_group_bundles": placement.engine_bundles_of(parallel),
         "placement_group_strategy": placement.STRATEGY,
         "health_check_period_s": scaling.replica_health_period_s,
         "health_check_timeout_s": scaling.replica_health_timeout_s,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from dist_vlm.config_fields import rules_of
 from dist_vlm.config_scaling import ScalingConfig
 from dist_vlm.executor.ray_cluster import RayCluster
 from dist_vlm.launch.replica_lifeline import NAMESPACE
+from dist_vlm.workers.failure import describe
 
 _TEXT = """\
 Replaces every replica of a running `dist-vlm serve` by a new one, a few at a time, without a failed request: those in
-work end first, or go on in another replica. It says its word and returns; `serve status` shows how far it is."""
+work end first, or go on in another replica. It says its word and returns; `serve status` shows how far it is. The
+replicas are in a Ray cluster that others can join: not in the private Ray of a server that was given no address."""
 
 _TIMEOUT_S = 30.0
 
@@ -35,7 +36,7 @@ def add_command(commands: Any) -> None:
     restart.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     import ray
 
     cluster = RayCluster()
@@ -44,12 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
         anchor = ray.get_actor(arguments.app_name, namespace=NAMESPACE)
         ray.get(anchor.ask_restart.remote(), timeout=_TIMEOUT_S)
     except ValueError:
-        print(
-            f"dist-vlm: app_name = {arguments.app_name!r}: no server of this name has replicas in this cluster",
-            file=sys.stderr,
-        )
-        return 1
+        raise RuntimeError(
+            f"app_name = {arguments.app_name!r}: no server of this name has replicas in this cluster"
+        ) from None
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(
+            f"app_name = {arguments.app_name!r}: its server does not answer: {describe(error)}"
+        ) from None
     finally:
         cluster.close()
     print(f"the replicas of {arguments.app_name} are replaced, one after the other")
-    return 0

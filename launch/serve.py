@@ -24,7 +24,7 @@ otherwise. A SIGTERM ends it once the requests in work have ended.
 
 With --replicas above 1, or --max-replicas, several tensor-parallel groups stand behind the one address, kept by Ray
 Serve on this machine or in the cluster at --ray-address: a request goes to the one that holds the beginning of its
-prompt, and on to another if that one is lost. `dist-vlm restart` replaces them one after the other."""
+prompt, and on to another if that one is lost. In a cluster `dist-vlm restart` replaces them one after the other."""
 
 
 def add_command(commands: Any) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from dist_vlm.config import ConfigError, EngineConfig
 from dist_vlm.llm import LLM
+from dist_vlm.sampling import SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,9 @@ def test_fewer_at_most_than_there_are_is_refused() -> None:
         EngineConfig.from_fields(model="m", replicas=3, max_replicas=2)
 
 
-def test_a_driver_of_one_group_refuses_more(tiny_facts: object) -> None:
+def test_a_driver_of_one_group_leaves_it_to_the_server_and_refuses_replicas(tiny_facts: object) -> None:
+    fields = {"model": str(tiny_facts), "device": "cpu", "executor": "fake", "max_model_len": 128, "max_replicas": 4}
+    with LLM(**fields) as llm:
+        assert llm.generate("hello", SamplingParams(max_tokens=1), use_tqdm=False)[0].error is None
     with pytest.raises(ValueError, match="replicas = 2: an LLM drives one tensor-parallel group"):
-        LLM(model=str(tiny_facts), device="cpu", executor="fake", max_replicas=2)
+        LLM(**fields, replicas=2)

@@ -16,6 +16,8 @@ from dist_vlm.workers.config import RankConfig
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
+    from dist_vlm.config import ParallelConfig
+
 
 STRATEGY = "STRICT_PACK"
 # Of a core: in a private Ray nobody else asks for one, and several engines of a process fit beside each other.
@@ -50,6 +52,13 @@ def engine_bundles(*, device: str, world_size: int, share_gpu: bool = False) -> 
     return [{"CPU": 1.0}, *(dict(one) for _ in range(world_size))]
 
 
+def engine_bundles_of(parallel: ParallelConfig) -> list[dict[str, float]]:
+    """`engine_bundles` of a resolved configuration's section."""
+    return engine_bundles(
+        device=parallel.device, world_size=parallel.tensor_parallel_size, share_gpu=parallel.share_gpu
+    )
+
+
 def of_this_actor(config: RankConfig) -> Places | None:
     """The group that this process was placed in as an actor, if it has `engine_bundles`; else None."""
     import ray
@@ -65,12 +74,12 @@ def reserve(config: RankConfig, *, cpus: float = 1.0) -> Places:
     """Asks for one bundle a rank on one machine. Raises `StartError` at once where no machine could ever hold them."""
     from ray.util.placement_group import placement_group
 
-    bundles = [bundle_of(config, cpus=cpus) for _ in range(config.world_size)]
+    bundles = [rank_bundle(config, cpus=cpus) for _ in range(config.world_size)]
     check_fits(bundles, what=f"{config.world_size} ranks need")
     return Places(placement_group(bundles, strategy=STRATEGY), first_bundle=0, is_ours=True)
 
 
-def bundle_of(config: RankConfig, *, cpus: float = 1.0) -> dict[str, float]:
+def rank_bundle(config: RankConfig, *, cpus: float = 1.0) -> dict[str, float]:
     return bundle(device=config.device, world_size=config.world_size, share_gpu=config.share_gpu, cpus=cpus)
 
 

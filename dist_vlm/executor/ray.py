@@ -116,7 +116,7 @@ class RayExecutor(Executor):
         self._actors += create_actors(
             config,
             self._places,
-            resources=placement.bundle_of(config, cpus=cpus),
+            resources=placement.rank_bundle(config, cpus=cpus),
             runner=self._runner,
             private=self._cluster.on_private,
         )

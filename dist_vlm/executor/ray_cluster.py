@@ -144,7 +144,7 @@ class RayCluster:
         self.temp_dir = Path(tempfile.mkdtemp(prefix="dvlm-", dir=base))
         self.private = True
         if not os.environ.get("RAY_AUTH_MODE"):
-            self._auth_before = _set_auth({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+            self._auth_before = _set_auth(_new_token())
         with _sigterm_kept(), loopback(), _without_helpers():
             self._keeper = _Keeper()
             self._keeper.call(
@@ -221,6 +221,23 @@ def loopback() -> Iterator[None]:
     """Ray that is started in here listens on 127.0.0.1 alone, and its processes can import this package."""
     with _environment(_worker_environment()), _loopback_only():
         yield
+
+
+@contextmanager
+def with_token() -> Iterator[None]:
+    """Ray that is started in here asks for a token: the environment's, else one of its own."""
+    before: dict[str, str | None] = {}
+    if not os.environ.get("RAY_AUTH_MODE"):
+        before = _set_auth(_new_token())
+    try:
+        yield
+    finally:
+        if before:
+            _set_auth(before)
+
+
+def _new_token() -> dict[str, str]:
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def import_root() -> str | None:

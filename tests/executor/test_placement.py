@@ -8,7 +8,7 @@ import pytest
 import ray
 from stand_in import rank_config
 
-from dist_vlm.executor.placement import bundle_of, engine_bundles, of_this_actor
+from dist_vlm.executor.placement import engine_bundles, of_this_actor, rank_bundle
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from dist_vlm.executor.placement import bundle_of, engine_bundles, of_this_actor
     ],
 )
 def test_a_ranks_bundle(world_size: int, changes: dict[str, object], expected: dict[str, float]) -> None:
-    reserved = bundle_of(rank_config(world_size, **changes))
+    reserved = rank_bundle(rank_config(world_size, **changes))
     assert reserved == expected
     assert changes.get("share_gpu") is None or world_size * reserved["GPU"] <= 1.0
 

@@ -36,7 +36,7 @@ class Ends:
     def __init__(self, name: str, model: dict[str, Any]) -> None:
         config = rank_config(2, model)
         self.places = placement.reserve(config)
-        resources = placement.bundle_of(config)
+        resources = placement.rank_bundle(config)
         placement.ready(self.places.group, 20.0)
         self.actors = create_actors(config, self.places, resources=resources, runner=RUNNER, private=True)
         start_ranks(self.actors, deadline=Deadline(60), collective_timeout_s=60, num_blocks=None)

@@ -60,7 +60,7 @@ def test_what_everybody_asks_about_overflows_to_the_others_and_then_stays_there_
     counts = sorted((homes.count("a"), homes.count("b")))
     assert counts[0] >= 20, counts
     # A holder is left only where it is ahead by more than the rule says.
-    assert counts[1] <= 2 * counts[0] + 9
+    assert counts[1] <= 1.5 * counts[0] + 5
 
 
 def test_a_new_replica_is_not_flooded() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -23,9 +25,16 @@ from three_nodes import Nodes, started
 from dist_vlm import LLM, SamplingParams
 from dist_vlm.async_llm import AsyncLLM
 from dist_vlm.config import EngineConfig, resolve
+from dist_vlm.engine import core_messages as messages
+from dist_vlm.engine.messages import EngineOutput, EngineRequest
+from dist_vlm.engine.state import EngineState
 from dist_vlm.executor.base import StartError
 from dist_vlm.launch import cli
-from dist_vlm.launch.replica_client import ReplicaClient
+from dist_vlm.launch.replica_affinity import Claim
+from dist_vlm.launch.replica_client import ReplicaClient, _Reports
+from dist_vlm.launch.replica_report import ReplicaReport
+from dist_vlm.sched.scheduler import SchedulerStats
+from dist_vlm.workers.plan import SamplingRow
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo" / "checkpoint"
 pytestmark = pytest.mark.timeout(300)
@@ -271,8 +280,6 @@ sys.stdin.read()
 
 
 def test_replicas_end_with_their_server_however_it_ends(llm: AsyncLLM, nodes: Nodes, fields: dict[str, Any]) -> None:
-    import json
-
     nodes.nodes.append(nodes.add())
     scripted = fields | {"executor": "fake", "start_timeout_s": 60, "app_name": "killed", "ray_address": nodes.address}
     server = subprocess.Popen(
@@ -288,3 +295,118 @@ def test_replicas_end_with_their_server_however_it_ends(llm: AsyncLLM, nodes: No
         server.kill()
         server.communicate()
     assert asyncio.run(llm.state()).num_blocks, "the other server's are untouched"
+
+
+def test_the_ranks_may_be_on_another_machine_than_their_driver(
+    llm: AsyncLLM, single: LLM, nodes: Nodes, fields: dict[str, Any]
+) -> None:
+    """The head, where this process is, has no room for two ranks: plans and pictures go to another machine."""
+    nodes.nodes.append(nodes.add())
+    with LLM(**fields, tensor_parallel_size=2, ray_address=nodes.address) as apart:
+        (group,) = [places for places in replica_groups().values() if len(places) == 2]
+        assert set(group) < {node.node_id for node in nodes.nodes}
+        outputs = apart.generate(PROMPTS[:20], DRAWN, use_tqdm=False)
+    assert tokens_of(outputs) == tokens_of(single.generate(PROMPTS[:20], DRAWN, use_tqdm=False))
+
+
+# ---- what becomes of one request, over scripted replicas ----
+
+
+class Scripted:
+    """A handle whose every call is answered by the next script: outputs, then an error to raise, or the end."""
+
+    def __init__(self, *scripts: list[Any]) -> None:
+        self.scripts = list(scripts)
+        self.sent: list[messages.Add] = []
+        self.num_cancelled = 0
+
+    def remote(self, frame: bytes, *, claim: Claim) -> Scripted:
+        sent = messages.unpack(frame)
+        assert isinstance(sent, messages.Add)
+        self.sent.append(sent)
+        assert claim.num_tokens == len(sent.prompt_token_ids) + len(sent.output_token_ids)
+        self._script = self.scripts.pop(0)
+        return self
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for step in self._script:
+            if isinstance(step, BaseException):
+                raise step
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+                continue
+            output = EngineOutput("a", new_token_ids=step[:-1], finish_reason=step[-1])
+            yield messages.pack(messages.Outputs((messages.output_message(output),)))
+
+    def cancel(self) -> None:
+        self.num_cancelled += 1
+
+
+def told_by(*scripts: list[Any], abort_after_s: float | None = None) -> tuple[list[EngineOutput], Scripted]:
+    """What a client is told of one request, until its end."""
+    told: list[EngineOutput] = []
+    over = threading.Event()
+
+    def take(outputs: list[EngineOutput]) -> None:
+        told.extend(outputs)
+        if any(output.finish_reason for output in outputs):
+            over.set()
+
+    client = ReplicaClient(EngineConfig.from_fields(model="/m", device="cpu"))
+    client._on_outputs = take
+    client._handle = handle = Scripted(*scripts)
+    client._thread.start()
+    client.add(EngineRequest("a", (1, 2, 3), (), SamplingRow(), 9, frozenset()))
+    if abort_after_s is not None:
+        time.sleep(abort_after_s)
+        client.abort("a")
+    assert over.wait(10)
+    client.shutdown()
+    return told, handle
+
+
+def test_a_broken_stream_is_sent_again_with_what_it_told() -> None:
+    lost = RuntimeError("the replica's engine has ended")
+    told, handle = told_by([(5, 6, None), lost], [(7, None)], [(8, 9, "length")])
+    assert [output.new_token_ids for output in told] == [(5, 6), (7,), (8, 9)]
+    assert [output.finish_reason for output in told] == [None, None, "length"]
+    assert [sent.output_token_ids for sent in handle.sent] == [(), (5, 6), (5, 6, 7)]
+    assert handle.num_cancelled == 2, "a stream that is over needs no cancelling"
+
+
+def test_a_request_that_ends_every_replica_is_given_up() -> None:
+    lost = RuntimeError("gone")
+    told, handle = told_by([(5, None), lost], [lost], [(6, None), lost], [lost], [lost], [(7, "length")])
+    assert [output.new_token_ids for output in told[:2]] == [(5,), (6,)], "one that gets on is not given up"
+    assert (told[2].finish_reason, told[2].stop_reason) == ("error", "3 replicas in a row were lost with the request")
+    assert len(handle.sent) == 5
+
+
+def test_a_cancellation_over_there_is_no_abort_here() -> None:
+    told, _ = told_by([(5, None), asyncio.CancelledError()], [(6, "stop")])
+    assert [output.finish_reason for output in told] == [None, "stop"]
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.3])
+def test_an_abort_ends_the_request_whenever_it_comes(after_s: float) -> None:
+    told, handle = told_by([(5, None), 30.0], abort_after_s=after_s)
+    assert [output.finish_reason for output in told if output.finish_reason] == ["abort"]
+    assert handle.num_cancelled == len(handle.sent)
+
+
+def test_a_replica_that_is_gone_counts_on_once() -> None:
+    def report(name: str, steps: int) -> ReplicaReport:
+        state = EngineState(SchedulerStats(num_steps=steps), 1, 0, 0, 10, 2, 0, 0, None, 0, 0)
+        return ReplicaReport(name, state, (0.5, float(steps)))
+
+    reports = _Reports()
+    reports.take([report("x", 3), report("y", 4)])
+    assert (reports.state().stats.num_steps, reports.state().num_blocks) == (7, 20)
+    assert reports.silence()[1] == pytest.approx(3, abs=0.2), "the one that was heard last"
+    reports.take([report("y", 5)])
+    assert (reports.state().stats.num_steps, reports.state().num_blocks) == (8, 10)
+    reports.take([report("x", 4), report("y", 5)])
+    assert reports.state().stats.num_steps == 9, "it was only out of sight"
+    reports.take([])
+    assert reports.state().stats.num_steps == 9 and reports.state().num_running == 0
+    assert len(reports.silence()) == 1

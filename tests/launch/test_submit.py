@@ -20,6 +20,7 @@ import ray_head
 from ray_head import Head, free_port
 
 from dist_vlm.config_load import load_config
+from dist_vlm.executor.ray_cluster import _set_auth
 from dist_vlm.launch import cli
 from dist_vlm.launch.job_client import JobClient
 from dist_vlm.launch.job_package import packed
@@ -41,10 +42,13 @@ def head() -> Iterator[Head]:
 
 
 @pytest.fixture
-def token(head: Head, monkeypatch: pytest.MonkeyPatch) -> Head:
+def token(head: Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
+    """The head, with its token in this process, whose Ray other tests may have used without one."""
     for name, value in head.environment.items():
         monkeypatch.setenv(name, value)
-    return head
+    before = _set_auth({name: head.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")})
+    yield head
+    _set_auth(before)
 
 
 def submit(*words: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
