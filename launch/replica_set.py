@@ -58,6 +58,7 @@ class ReplicaSet:
                 _STAGE, f"app_name = {self._name!r}: a server of this name runs in the cluster; name this one otherwise"
             ) from None
         serve.start(proxy_location="Disabled")
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # else each request that is aborted has a line
         self._deploy()
         while not self._all_run():
             if deadline.over:
