@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,14 +83,21 @@ def made_up_cluster(config: EngineConfig) -> Iterator[str]:
     """The address of a Ray cluster of as many machines as the launch names, all of them on this one."""
     from ray.cluster_utils import Cluster
 
-    with loopback(), with_token(), _real_address_kept():
-        cluster = Cluster(initialize_head=True, head_node_args=node_options(0, 0))
+    with _folder() as folder, loopback(), with_token(), _real_address_kept():
+        # None of a real head's ports, nor its place for sessions.
+        own = {"temp_dir": folder, "dashboard_port": 0, "dashboard_agent_listen_port": None}
+        cluster = Cluster(initialize_head=True, head_node_args=node_options(0, 0) | own)
         try:
             for _ in range(config.parallel.num_nodes):
                 cluster.add_node(**node_options(*node_size(config)))
             yield cluster.address
         finally:
             cluster.shutdown()
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Near the root: Ray's sockets in it have long names, and the kernel takes 107 characters."""
+    return tempfile.TemporaryDirectory(prefix="dvlm-", dir="/tmp", ignore_cleanup_errors=True)
 
 
 @contextmanager

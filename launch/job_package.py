@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 import dist_vlm
-from dist_vlm.config_environment import API_KEY, variable
+from dist_vlm.config_environment import API_KEY, api_key
 from dist_vlm.config_load import SERVER_RULES, LoadedConfig, section_of
 
 LAUNCH_FILE = "dist-vlm-launch.yaml"
@@ -25,6 +25,7 @@ def packed(
     folder: Path,
     *,
     working_dir: str | None,
+    drain_timeout_s: float,
     variables: Mapping[str, str],
     environ: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -34,7 +35,9 @@ def packed(
     torch, transformers and the others itself. A key that clients must send goes as a variable: everybody who may ask
     Ray for its jobs can read it, and they can run what they like in the cluster anyway.
 
-    loaded: the launch file alone, without flags. working_dir: a folder whose content goes along.
+    loaded: the launch file alone, without flags. working_dir: a folder whose content goes along, less what its
+        .gitignore and .rayignore name. drain_timeout_s: the server's, flags included.
+    Raises `ConfigError` for a key in the environment that no client could send.
     """
     shutil.copytree(
         Path(dist_vlm.__file__).parent,
@@ -48,8 +51,9 @@ def packed(
         shutil.copytree(working_dir, work, symlinks=True)
     (work / LAUNCH_FILE).unlink(missing_ok=True)  # a link would lead to the user's own file
     (work / LAUNCH_FILE).write_text(launch_text(loaded), encoding="utf-8")
-    key = loaded.server.api_key or _key_of(environ)
-    wait_s = math.ceil(loaded.server.drain_timeout_s) + _ENDING_S
+    _keep_launch_file(work)
+    key = loaded.server.api_key or api_key(environ)
+    wait_s = math.ceil(drain_timeout_s) + _ENDING_S
     return {
         "py_modules": [str(folder / "package" / "dist_vlm")],
         "working_dir": str(work),
@@ -73,9 +77,13 @@ def launch_text(loaded: LoadedConfig) -> str:
     return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 
-def _key_of(environ: Mapping[str, str]) -> str | None:
-    name = variable(environ, API_KEY)
-    return None if name is None else environ[name]
+def _keep_launch_file(work: Path) -> None:
+    """Ray leaves out what these files name, and *.yaml may well be in them."""
+    for ignore in (work / ".gitignore", work / ".rayignore"):
+        if ignore.is_file():
+            text = ignore.read_text(encoding="utf-8", errors="surrogateescape")
+            ignore.unlink()  # a link would lead to the user's own file
+            ignore.write_text(f"{text}\n!/{LAUNCH_FILE}\n", encoding="utf-8", errors="surrogateescape")
 
 
 def is_relative(path: str) -> bool:

@@ -22,8 +22,8 @@ Runs a command as a job of a Ray cluster: dist-vlm submit FILE -- serve|generate
 
 The job takes this package along, and the launch file; of the cluster's machines it asks for the packages that this one
 depends on. Checkpoints, inputs and outputs are on storage that the cluster sees, under the paths given here; with
---working-dir a folder goes along, and relative paths start there. The machine that runs the command needs no GPU: Ray
-places the ranks.
+--working-dir a folder goes along, less what its .gitignore and .rayignore name, and relative paths start there. The
+machine that runs the command needs no GPU: Ray places the ranks.
 
 The cluster is the one at --address, else at RAY_API_SERVER_ADDRESS or RAY_ADDRESS (http://...), else
 http://127.0.0.1:8265. Its token is Ray's to send: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
@@ -35,6 +35,7 @@ _COMMANDS = ("serve", "generate", "check")
 # Flags of the commands that name files, beside those of the configuration.
 _PATHS = ("input", "output", "media_root", "image")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def add_command(commands: Any) -> None:
@@ -70,10 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError("--address goes with a job, and --dry-run sends none: it places on a made-up cluster")
         dry_run(_merged(arguments.file, arguments.inner)[1] if arguments.inner else launch)
         return 0
+    if arguments.job_id is not None and not _JOB_ID.fullmatch(arguments.job_id):
+        problem = "must be letters, digits, '.', '_' and '-', beginning with a letter or a digit"
+        raise ConfigError(problem, field="job-id", value=arguments.job_id, source="--job-id")
     inner, merged = _merged(arguments.file, arguments.inner)
     _check_files(inner, arguments.inner, working_dir=arguments.working_dir)
     _check_launch(merged)
-    return _submit(arguments, launch)
+    return _submit(arguments, launch, drain_timeout_s=merged.server.drain_timeout_s)
 
 
 def _merged(file: str, words: Sequence[str]) -> tuple[argparse.Namespace, LoadedConfig]:
@@ -122,7 +126,7 @@ def _check_files(inner: argparse.Namespace, words: Sequence[str], *, working_dir
             raise ConfigError(problem, field=name, value=path, source=flag_of(name))
 
 
-def _submit(arguments: argparse.Namespace, launch: LoadedConfig) -> int:
+def _submit(arguments: argparse.Namespace, launch: LoadedConfig, *, drain_timeout_s: float) -> int:
     from dist_vlm.launch.job_client import JobClient, exit_status, job_address
 
     variables = dict(_variable(text) for text in arguments.env)
@@ -130,7 +134,12 @@ def _submit(arguments: argparse.Namespace, launch: LoadedConfig) -> int:
     client = JobClient(address, source)
     with tempfile.TemporaryDirectory(prefix="dvlm-job-") as folder:
         runtime_env = packed(
-            launch, Path(folder), working_dir=arguments.working_dir, variables=variables, environ=os.environ
+            launch,
+            Path(folder),
+            working_dir=arguments.working_dir,
+            drain_timeout_s=drain_timeout_s,
+            variables=variables,
+            environ=os.environ,
         )
         entrypoint = entrypoint_of(arguments.inner, python=arguments.python)
         job_id = client.submit(entrypoint, runtime_env=runtime_env, job_id=arguments.job_id)
@@ -161,7 +170,8 @@ def entrypoint_of(words: Sequence[str], *, python: str | None) -> str:
 def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not _NAME.fullmatch(name):
-        raise ConfigError("must be NAME=VALUE", field="env", value=text, source="--env")
+        # The value may be a secret.
+        raise ConfigError("must be NAME=VALUE", field="env", value=name if equals else text, source="--env")
     return name, value
 
 

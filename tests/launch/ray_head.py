@@ -51,7 +51,7 @@ def started(*, num_cpus: int) -> Iterator[Head]:
         words = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
             f"--port={free_port()}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={port}",
+            f"--dashboard-port={port}", f"--ray-client-server-port={free_port()}",
             # Its usual number may be another Ray's on this machine, and jobs are then never started.
             f"--dashboard-agent-listen-port={free_port()}",
             f"--num-cpus={num_cpus}", "--num-gpus=0", f"--temp-dir={folder}",

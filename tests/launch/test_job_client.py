@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import json
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.job_submission import JobStatus
 
+from dist_vlm.config_fields import ConfigError
 from dist_vlm.launch.job_client import JobClient, exit_status, job_address
 
 
@@ -27,6 +34,86 @@ from dist_vlm.launch.job_client import JobClient, exit_status, job_address
 )
 def test_which_cluster_is_meant(given: str | None, environ: dict[str, str], expected: tuple[str, str]) -> None:
     assert job_address(given, environ) == expected
+
+
+@pytest.mark.parametrize("text", ["auto", "10.0.0.1:8265", "ray://10.0.0.1:10001", "http://", "http://a:x"])
+def test_an_address_that_is_no_url_is_refused_and_never_passed_over(text: str) -> None:
+    with pytest.raises(ConfigError, match="--address = .*: must be http://HOST:PORT or https://HOST:PORT"):
+        job_address(text, {})
+    with pytest.raises(ConfigError, match="RAY_API_SERVER_ADDRESS: address = .*: must be http://HOST:PORT"):
+        job_address(None, {"RAY_API_SERVER_ADDRESS": text})
+
+
+class _Dashboard(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.paths.append(self.path)  # type: ignore[attr-defined]
+        status, body = self.server.answer  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@contextmanager
+def dashboard(status: int = 200) -> Iterator[tuple[str, list[str]]]:
+    """Its address, and the paths that it was asked for."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Dashboard)
+    server.paths = []
+    server.answer = status, json.dumps({"version": "4", "ray_version": ray.__version__}).encode()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", server.paths
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize("name", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_the_address_that_is_given_is_the_one_that_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with dashboard() as (given, asked), dashboard() as (other, not_asked):
+        monkeypatch.setenv(name, other)
+        JobClient(given, "--address")
+        assert asked
+        assert not not_asked, "it would have got the token and the job"
+        assert os.environ[name] == other
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"the Ray cluster at http://.* \(--address\) asks for a token, and none was sent"),
+        (403, r"the Ray cluster at http://.* \(--address\) asks for a token, and the one that was sent is not"),
+    ],
+)
+def test_what_a_cluster_says_of_the_token(status: int, message: str) -> None:
+    with dashboard(status) as (address, _), pytest.raises(RuntimeError, match=message):
+        JobClient(address, "--address")
+
+
+def refusal(text: str, job_id: str | None = None) -> str:
+    client = JobClient.__new__(JobClient)
+    client._client, client._where = SimpleNamespace(submit_job=lambda **_: _raise(RuntimeError(text))), "somewhere"
+    with pytest.raises(RuntimeError) as caught:
+        client.submit("x", runtime_env={}, job_id=job_id)
+    return str(caught.value)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_what_a_cluster_refuses_is_told_without_its_traceback() -> None:
+    trace = 'Request failed with status code 500: Traceback (most recent call last):\n  File "x.py", line 1\n'
+    taken = trace + "ValueError: Job with submission_id j already exists. Please use a different submission_id.\n.\n."
+    assert refusal(taken, "j") == "job j exists already at somewhere: --job-id must be a new name"
+    assert refusal(trace + "KeyError: 'x'\n.") == "KeyError: 'x'"
+    large = "Request failed with status code 413: Maximum request body size 104857600 exceeded.."
+    assert refusal(large).startswith("--working-dir is larger than the cluster at somewhere takes;")
+    assert "104857600" in refusal(large)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
+from dist_vlm.config_fields import ConfigError
 from dist_vlm.config_load import LoadedConfig, load_config
 from dist_vlm.launch.job_package import LAUNCH_FILE, launch_text, packed
 
@@ -29,7 +31,7 @@ def loaded(tmp_path: Path) -> LoadedConfig:
 
 def pack(loaded: LoadedConfig, folder: Path, **changes: Any) -> dict[str, Any]:
     folder.mkdir()
-    given: dict[str, Any] = {"working_dir": None, "variables": {}, "environ": {}, **changes}
+    given: dict[str, Any] = {"working_dir": None, "drain_timeout_s": 12.5, "variables": {}, "environ": {}, **changes}
     return packed(loaded, folder, **given)
 
 
@@ -80,3 +82,23 @@ def test_the_key_is_a_variable_whoever_gave_it(loaded: LoadedConfig, tmp_path: P
     without = load_config(str(tmp_path / "open.yaml"))
     assert pack(without, tmp_path / "b", environ={"VLLM_API_KEY": "k"})["env_vars"]["DIST_VLM_API_KEY"] == "k"
     assert "DIST_VLM_API_KEY" not in pack(without, tmp_path / "c")["env_vars"]
+
+
+def test_a_key_that_no_client_could_send_is_told_before_it_goes(loaded: LoadedConfig, tmp_path: Path) -> None:
+    (tmp_path / "open.yaml").write_text("model: {model: /m}\n")
+    with pytest.raises(ConfigError, match="DIST_VLM_API_KEY: must be a string of visible ASCII"):
+        pack(load_config(str(tmp_path / "open.yaml")), tmp_path / "job", environ={"DIST_VLM_API_KEY": ""})
+
+
+def test_the_launch_goes_along_whatever_a_folder_leaves_out(loaded: LoadedConfig, tmp_path: Path) -> None:
+    """By Ray's own reading of the files, which are the user's and stay as they are."""
+    (tmp_path / "mine").mkdir()
+    for name in (".gitignore", ".rayignore"):
+        (tmp_path / "mine" / name).write_text("*.yaml\nweights/")
+    (tmp_path / "mine" / "other.yaml").touch()
+    work = Path(pack(loaded, tmp_path / "job", working_dir=str(tmp_path / "mine"))["working_dir"])
+    left_out = [
+        path.name for path in work.iterdir() if any(no(path) for no in get_excludes_from_ignore_files(work, True))
+    ]
+    assert left_out == ["other.yaml"]
+    assert (tmp_path / "mine" / ".gitignore").read_text() == "*.yaml\nweights/"

@@ -44,8 +44,7 @@ def head() -> Iterator[Head]:
 @pytest.fixture
 def token(head: Head, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     """The head, with its token in this process, whose Ray other tests may have used without one."""
-    for name, value in head.environment.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.url)
     before = _set_auth({name: head.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")})
     yield head
     _set_auth(before)
@@ -65,11 +64,16 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_batch_job_answers_from_outside(head: Head, tmp_path: Path) -> None:
-    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    folder, answers = tmp_path / "folder", tmp_path / "answers.jsonl"
+    folder.mkdir()
     lines = [{"prompt": one["prompt"], "images": [str(PICTURES / one["image"])]} for one in QUESTIONS]
-    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = ("--input", str(questions), "--output", str(answers), "--media-root", str(PICTURES), "--no-progress")
-    done = submit("--wait", DEMO, "--", "generate", *words, *SMALL, env=head.environment)
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / ".gitignore").write_text("*.yaml\n")
+    words = ("--input", "questions.jsonl", "--output", str(answers), "--media-root", str(PICTURES), "--no-progress")
+    # An address in the environment is not the one that is given.
+    elsewhere = {**head.environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{free_port()}"}
+    given = ("--address", head.url, "--working-dir", str(folder))
+    done = submit("--wait", *given, DEMO, "--", "generate", *words, *SMALL, env=elsewhere)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(QUESTIONS)} lines answered" in done.stdout, "the job's log is followed"
     assert "succeeded, exit status 0" in done.stderr
@@ -83,7 +87,7 @@ def test_the_job_and_what_it_starts_run_the_package_it_took_along(token: Head, t
         "import ray, dist_vlm; ray.init(log_to_driver=False); "
         "found = ray.get(ray.remote(lambda: __import__('dist_vlm').__file__).remote()); print(dist_vlm.__file__, found)"
     )
-    runtime_env = packed(load_config(DEMO), tmp_path, working_dir=None, variables={}, environ={})
+    runtime_env = packed(load_config(DEMO), tmp_path, working_dir=None, drain_timeout_s=1, variables={}, environ={})
     client, log = JobClient(token.url, "--address"), list[str]()
     job_id = client.submit(f"python -c {shlex.quote(program)}", runtime_env=runtime_env, job_id=None)
     assert client.follow(job_id, log.append).status == "SUCCEEDED", log
@@ -113,7 +117,7 @@ def test_without_the_token_it_is_refused(head: Head, tmp_path: Path, token: str 
 
 def test_a_server_is_used_from_outside_and_finishes_what_it_has_when_it_is_stopped(token: Head) -> None:
     port = free_port()
-    words = ("serve", "--port", str(port), "--replicas", "1", *SMALL)
+    words = ("serve", "--port", str(port), "--replicas", "1", "--drain-timeout-s", "77", *SMALL)
     submitted = submit(
         DEMO, "--job-id", "the-server", "--", *words, env={**token.environment, "DIST_VLM_API_KEY": "secret-key"}
     )
@@ -124,6 +128,7 @@ def test_a_server_is_used_from_outside_and_finishes_what_it_has_when_it_is_stopp
     url = f"http://127.0.0.1:{port}"
     _await_ready(url, lambda: client.details("the-server"))
     assert httpx.get(f"{url}/v1/models").status_code == 401, "the key has gone along"
+    assert int(client.details("the-server").runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 77
     with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret-key"}, timeout=60) as http:
         model = http.get("/v1/models").json()["data"][0]["id"]
         body = {"model": model, "prompt": "USER: Hello ASSISTANT:", "max_tokens": 900, "ignore_eos": True}
@@ -136,7 +141,8 @@ def test_a_server_is_used_from_outside_and_finishes_what_it_has_when_it_is_stopp
     wait_until(lambda: client.details("the-server").status.is_terminal(), "the job does not end")
     again = submit(DEMO, "--job-id", "the-server", "--", *words, env=token.environment)
     assert again.returncode == 1
-    assert "the-server" in again.stderr
+    assert f"job the-server exists already at {token.url}" in again.stderr
+    assert "Traceback" not in again.stderr
 
 
 def test_a_killed_batch_is_completed_by_submitting_it_again(token: Head, tmp_path: Path) -> None:
@@ -227,7 +233,9 @@ def _processes_with(word: str) -> list[int]:
             (DEMO, "--working-dir", "/nowhere", "--", "check", "--device", "cpu"),
             "--working-dir = '/nowhere'",
         ),
-        ((DEMO, "--env", "1X=2", "--", "check", "--device", "cpu"), "--env = '1X=2': must be NAME=VALUE"),
+        ((DEMO, "--env", "1X=2", "--", "check", "--device", "cpu"), "--env = '1X': must be NAME=VALUE"),
+        ((DEMO, "--job-id", "a/b", "--", "check", "--device", "cpu"), "--job-id = 'a/b': must be letters, digits"),
+        ((DEMO, "--address", "auto", "--", "check", "--device", "cpu"), "--address = 'auto': must be http://HOST"),
         ((DEMO, "--dry-run", "--address", "http://x:1"), "--address goes with a job, and --dry-run sends none"),
         (("/missing.yaml", "--", "check"), "/missing.yaml: cannot be read"),
     ],
