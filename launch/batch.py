@@ -42,6 +42,7 @@ class Batch:
         return self._answers.has(index)
 
     def write(self, line: Line, answer: dict[str, Any]) -> None:
+        """Raises `ValueError` where the line has an answer."""
         self._answers.append(line, answer)
         self.num_answered += 1
         self.num_failed += "error" in answer

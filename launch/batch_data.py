@@ -1,6 +1,6 @@
 """A file of requests over several replicas: from the input's lines to their answers.
 
-Ray Data's tasks prepare the pictures of a few lines each and pass every line on as it is ready, as a block of its own.
+Ray Data's tasks prepare the pictures of a few lines each and pass the lines on one by one, each as a block of its own.
 An actor for each replica answers them; the blocks go to it without passing through this process, which writes.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dist_vlm.executor.base import ExecutorError, StartError
 from dist_vlm.executor.deadline import Deadline
 from dist_vlm.executor.errors import death_cause
-from dist_vlm.executor.placement import STRATEGY, check_fits, engine_bundles, ready
+from dist_vlm.executor.placement import STRATEGY, check_fits, engine_bundles_of, free, ready
 from dist_vlm.executor.ray_cluster import RayCluster
 from dist_vlm.launch.bounded_tasks import BoundedTasks
 from dist_vlm.launch.engine_actor import EngineActor
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # Lines in an actor beside those that run: they follow without a pause.
 _LINES_AHEAD = 16
 _JOIN_S = 5.0
+# What an actor may take beside the start of its engine: its process and its imports.
+_IMPORTS_S = 60.0
 
 
 def answer_by_replicas(
@@ -163,18 +165,11 @@ def _connect(config: EngineConfig, deadline: Deadline, ending: ExitStack) -> Non
     cluster.connect(
         parallel.ray_address,
         # Those of a private Ray: a core for each rank and each engine, and the machine's for pictures.
-        num_cpus=parallel.replicas * len(_bundles(config)) + max(1, usable_cores()),
+        num_cpus=parallel.replicas * len(engine_bundles_of(parallel)) + max(1, usable_cores()),
         use_gpus=parallel.device == "cuda",
         timeout_s=deadline.remaining_s,
     )
     ending.callback(cluster.close)
-
-
-def _bundles(config: EngineConfig) -> list[dict[str, float]]:
-    parallel = config.parallel
-    return engine_bundles(
-        device=parallel.device, world_size=parallel.tensor_parallel_size, share_gpu=parallel.share_gpu
-    )
 
 
 def _placed(config: EngineConfig, deadline: Deadline, ending: ExitStack) -> list[Any]:
@@ -182,7 +177,7 @@ def _placed(config: EngineConfig, deadline: Deadline, ending: ExitStack) -> list
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    replicas, bundles = config.parallel.replicas, _bundles(config)
+    replicas, bundles = config.parallel.replicas, engine_bundles_of(config.parallel)
     check_fits(bundles, what="a replica needs")
     there = ray.cluster_resources().get("CPU", 0.0)
     wanted = replicas * sum(one["CPU"] for one in bundles) + 1
@@ -218,15 +213,21 @@ class _ActorReplica:
         _kill(self._actor)
 
 
+def one_engine(config: EngineConfig) -> EngineConfig:
+    """What the actor of a replica is given: one engine, which runs in the actor's own process, where its core is."""
+    return config.replace(replicas=1, max_replicas=None, engine_process=False, num_nodes=1, ray_address=None)
+
+
 class _Starter:
     """Starts the engine of a placement group."""
 
     def __init__(self, config: EngineConfig, reader: RequestReader, groups: list[Any]) -> None:
-        self._config = config.replace(replicas=1, num_nodes=1, ray_address=None)
+        self._config = one_engine(config)
         self._reader = reader
         self._groups = groups
 
     async def start(self, number: int) -> _ActorReplica:
+        """Raises `StartError` where there is no engine in time."""
         import ray
         from ray.exceptions import RayActorError
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -244,8 +245,12 @@ class _Starter:
             )
             .remote(self._config, self._reader)
         )
+        limit_s = self._config.parallel.start_timeout_s + _IMPORTS_S
         try:
-            problem = await actor.problem.remote()
+            async with asyncio.timeout(limit_s):
+                problem = await actor.problem.remote()
+        except TimeoutError:
+            problem = f"its actor did not start in {limit_s:g} s; free in the cluster: {free()}"
         except RayActorError as error:
             problem = death_cause(error)
         except BaseException:

@@ -16,8 +16,9 @@ class BoundedTasks:
         self._under_way: set[asyncio.Task[None]] = set()
 
     async def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Waits until there is room. Raises the first error of those under way, and then does not start."""
+        """Waits until there is room. Raises the error of one that has failed, and then does not start."""
         try:
+            self._drop_ended()
             while len(self._under_way) >= self._most:
                 await self._wait()
         except BaseException:
@@ -39,7 +40,12 @@ class BoundedTasks:
 
     async def _wait(self) -> None:
         """Until some have ended."""
-        ended, others = await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(self._under_way, return_when=asyncio.FIRST_COMPLETED)
+        self._drop_ended()
+
+    def _drop_ended(self) -> None:
+        """Raises the error of one that has failed; all are kept then, for the end to look at."""
+        ended = {task for task in self._under_way if task.done()}
         for task in ended:
             task.result()
-        self._under_way = others
+        self._under_way -= ended

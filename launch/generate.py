@@ -18,7 +18,7 @@ from dist_vlm.config_load import add_config_flags, config_flags, load_config
 from dist_vlm.launch.batch import Batch
 from dist_vlm.launch.jsonl import read_lines
 from dist_vlm.launch.jsonl_output import AnswerFile
-from dist_vlm.launch.line_source import LineParts
+from dist_vlm.launch.line_source import LineParts, part_size
 from dist_vlm.launch.local_media import LocalMedia
 from dist_vlm.launch.prompts import with_pictures
 from dist_vlm.launch.remote_media import FLAGS, RemoteMedia
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dist_vlm.inputs import PromptInputs
     from dist_vlm.launch.jsonl import Line
     from dist_vlm.launch.jsonl_request import RequestReader
+    from dist_vlm.launch.line_table import AnsweredLine
     from dist_vlm.launch.picture_setup import PictureSetup
 
 _TEXT = """\
@@ -103,7 +104,8 @@ def run(arguments: argparse.Namespace) -> None:
     flags = config_flags(arguments)
     _check_together(arguments, flags)
     loaded = load_config(arguments.config, flags)
-    config = loaded.resolve()
+    # More than `replicas` are for a server, which adds them as the load asks for it.
+    config = loaded.resolve().replace(max_replicas=None)
     params = _sampling_params(arguments, seed=config.model.seed if "seed" in flags else None)
     if arguments.input is not None:
         try:
@@ -276,14 +278,21 @@ def _answer_lines(
 def _spread_lines(
     config: EngineConfig, batch: Batch, file: BinaryIO, reader: RequestReader, setup: PictureSetup, *, bar: Any
 ) -> None:
-    """By several replicas, through Ray Data."""
+    """By several replicas, through Ray Data. Raises `RuntimeError` if lines are left without an answer."""
     missing = [name for name in ("pyarrow", "pandas") if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
         raise RuntimeError(f"Ray Data, which several replicas need, lacks {names}: pip install 'dist-vlm[cluster]'")
     from dist_vlm.launch.batch_data import answer_by_replicas
 
-    parts = LineParts(file, batch.has)
+    def write(answered: AnsweredLine) -> None:
+        # Ray tries tasks again whose machine is lost, and a line may come twice.
+        if not batch.has(answered.line.index):
+            batch.write(answered.line, answered.answer)
+
+    size = part_size(sum(1 for _ in file))
+    file.seek(0)
+    parts = LineParts(file, batch.has, size=size)
     if len(parts):
         answer_by_replicas(
             config,
@@ -292,5 +301,7 @@ def _spread_lines(
             reader=reader,
             setup=setup,
             on_start=lambda: bar.set_description("answering"),
-            write=lambda answered: batch.write(answered.line, answered.answer),
+            write=write,
         )
+    if missing_lines := parts.num_lines - batch.num_answered:
+        raise RuntimeError(f"{missing_lines} lines of the input have no answer; --resume tries them again")

@@ -32,9 +32,24 @@ def read_lines(file: Iterable[bytes], *, first: int = 1) -> Iterator[Line]:
     first: number of the first line that `file` has.
     """
     for index, raw in enumerate(file, first):
-        content = raw.removeprefix(_BYTE_ORDER_MARK) if index == 1 else raw
-        if content.strip():
-            yield _parsed(content, index)
+        if not is_blank(raw, index):
+            yield parse_line(raw, index)
+
+
+def is_blank(raw: bytes, index: int) -> bool:
+    return not _unmarked(raw, index).strip()
+
+
+def parse_line(raw: bytes, index: int) -> Line:
+    """A line that is not blank, out of its bytes."""
+    try:
+        return _parsed(_unmarked(raw, index), index)
+    except RecursionError:
+        return Line(index, index, {}, "the line is nested too deeply")
+
+
+def _unmarked(raw: bytes, index: int) -> bytes:
+    return raw.removeprefix(_BYTE_ORDER_MARK) if index == 1 else raw
 
 
 def _parsed(content: bytes, index: int) -> Line:
@@ -42,8 +57,6 @@ def _parsed(content: bytes, index: int) -> Line:
         values = json.loads(content.decode("utf-8").rstrip())
     except UnicodeDecodeError:
         return Line(index, index, {}, "the line is not UTF-8 text")
-    except RecursionError:
-        return Line(index, index, {}, "the line is nested too deeply")
     except ValueError as error:
         place = f": {error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         return Line(index, index, {}, f"the line is not JSON{place}")

@@ -58,13 +58,13 @@ class AnswerFile:
                 index, name = _index_and_id(raw, where)
                 if not 1 <= index <= self._max_index:
                     raise ValueError(f"{where}: the input has no line {index}")
+                if self.has(index):
+                    raise ValueError(f"{self._path} has two answers to line {index} of its input")
                 self._note(index, name)
                 whole_bytes += len(raw)
         self._file.truncate(whole_bytes)
 
     def _note(self, index: int, name: str | int) -> None:
-        if self.has(index):
-            raise ValueError(f"{self._path} has two answers to line {index} of its input")
         if index >= len(self._answered):
             self._answered.frombytes(bytes(self._answered.itemsize * (index + 1 - len(self._answered))))
         self._answered[index] = _checksum(name)
@@ -91,7 +91,9 @@ class AnswerFile:
             )
 
     def append(self, line: Line, answer: dict[str, Any]) -> None:
-        """Writes the answer to a line, whole."""
+        """Writes the answer to a line, whole. Raises `ValueError`, and writes nothing, where the line has one."""
+        if self.has(line.index):
+            raise ValueError(f"{self._path} has an answer to line {line.index} of its input already")
         text = json.dumps({"id": line.id, "index": line.index, **answer}, ensure_ascii=False)
         # Half a surrogate pair, which UTF-8 cannot hold, becomes JSON's own escape of it.
         content = memoryview(text.encode("utf-8", "backslashreplace") + b"\n")

@@ -29,7 +29,7 @@ _TYPES: dict[str, np.dtype[Any]] = {"coded_pixels": np.dtype("u1"), "pixel_value
 
 @dataclass(frozen=True, slots=True)
 class PreparedLine:
-    """A line with its pictures ready for the engine, or what is wrong with it."""
+    """A line with its pictures ready for the engine, or what is wrong with it: its values do not go along then."""
 
     line: Line
     images: Sequence[PreparedImage] = ()
@@ -40,7 +40,8 @@ class PreparedLine:
             {"key": one.key, "kind": one.kind, "shape": list(one.array.shape), "data": _bytes(one)}
             for one in self.images
         ]
-        row = {"values": json.dumps(self.line.values), "error": self.error, "images": images}
+        values = json.dumps(self.line.values if self.error is None else {})
+        row = {"values": values, "error": self.error, "images": images}
         return pa.Table.from_pylist([_named(self.line) | row], schema=_PREPARED)
 
 
@@ -65,7 +66,12 @@ def prepared_lines(table: pa.Table) -> Iterator[PreparedLine]:
     for row in range(table.num_rows):
         index, name, values, error = (table[key][row].as_py() for key in ("index", "id", "values", "error"))
         images = [_image(one) for one in table["images"][row]]
-        yield PreparedLine(Line(index, json.loads(name), json.loads(values)), images, error)
+        line = Line(index, json.loads(name), {})
+        try:
+            line.values.update(json.loads(values))
+        except RecursionError:  # this stack is deeper than the one that read the line before
+            images, error = [], "the line is nested too deeply"
+        yield PreparedLine(line, images, error)
 
 
 def answered_lines(table: pa.Table) -> Iterator[AnsweredLine]:

@@ -31,6 +31,9 @@ _MAX_BYTES = 1 << 30
 class RemoteMedia:
     """Fetches pictures beside each other, as the server does. Used in one event loop, closed by its owner.
 
+    What it fetches at once is bounded, in all and of one host. In a batch over several replicas each task that prepares
+    pictures has one of its own, so a host may see the bound times the number of tasks that run beside each other.
+
     server: the section as it is resolved; the fields of `FLAGS` and `disable_media_fetch` count.
     """
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_vlm.config import EngineConfig, resolve
+from dist_vlm.executor.base import StartError
 from dist_vlm.executor.ray_cluster import RayCluster
-from dist_vlm.launch import cli
+from dist_vlm.launch import batch_data, cli
+from dist_vlm.launch.jsonl_request import RequestReader
+from dist_vlm.sampling import SamplingParams
 
 from ..executor.processes import descendants
 from ..server.picture_hosts import OTHER, picture_host
@@ -85,6 +94,7 @@ def questions(port: int) -> list[dict[str, Any]]:
         34: {"prompt": "a", "top_p": 3},
         40: {"prompt": "<image> <image>", "images": [PICTURES[0]]},
         41: {"messages": [{"role": "wizard", "content": "a"}]},
+        50: {"prompt": "a", "deep": json.loads("[" * 700 + "]" * 700)},
     }
     lines = []
     for index in range(1, 67):
@@ -111,14 +121,14 @@ def are_alike(one: Any, other: Any) -> bool:
 
 
 def named(name: str) -> list[int]:
-    """Processes of this one's Ray that call themselves so."""
+    """Processes of this one's Ray that call themselves so; a regular expression."""
     found = []
     for pid in descendants(os.getpid()):
         try:
             told = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         except OSError:
             continue
-        if told.startswith(f"ray::{name}"):
+        if re.match(f"ray::{name}", told):
             found.append(pid)
     return found
 
@@ -146,14 +156,17 @@ def test_replicas_give_the_answers_of_one_engine_though_a_rank_and_an_actor_are_
             watcher.join()
     err = capfd.readouterr().err
     assert len(set(killed)) == 2
-    assert "dist-vlm: 66 lines answered, 6 of them with an error" in err
+    assert "dist-vlm: 66 lines answered, 7 of them with an error" in err
     told, expected = two.by_index(), one.by_index()
     assert told.keys() == expected.keys()
     assert [index for index in told if not are_alike(told[index], expected[index])] == []
-    assert {index for index, record in two.by_index().items() if "error" in record} == {7, 13, 21, 34, 40, 41}
+    assert {index for index, record in two.by_index().items() if "error" in record} == {7, 13, 21, 34, 40, 41, 50}
     # They went over both.
     assert [record["index"] for record in two.records()] != sorted(two.by_index())
-    assert named("EngineActor") == named("Worker") == []
+    end = time.monotonic() + 20
+    while left := named("EngineActor") + named("Worker"):
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
 
 
 def test_a_run_that_is_killed_is_gone_on_with(ray_here: None, tmp_path: Path) -> None:
@@ -178,6 +191,61 @@ def test_a_run_that_is_killed_is_gone_on_with(ray_here: None, tmp_path: Path) ->
     assert cut.by_index() == whole.by_index()
 
 
+@contextmanager
+def forgetful_host() -> Iterator[str]:
+    """The first request for /late.png is never answered; after it, /other.png takes its time."""
+    asked, over = Counter[str](), threading.Event()
+    picture = (DEMO / "pictures" / PICTURES[0]).read_bytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked[self.path] += 1
+            if self.path == "/late.png" and asked[self.path] == 1:
+                over.wait()
+                return
+            if asked[self.path] == 2:
+                time.sleep(1.0 if self.path == "/other.png" else 0.0)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(picture)))
+            self.end_headers()
+            self.wfile.write(picture)
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    with ThreadingHTTPServer((OTHER, 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://{OTHER}:{server.server_port}"
+        finally:
+            over.set()
+            server.shutdown()
+            thread.join()
+
+
+def test_each_line_is_answered_once_though_a_task_is_killed_and_its_lines_are_ready_otherwise_then(
+    ray_here: None, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        time.sleep(1.0)  # so that all has come that can
+        killed.extend(named(".*prepare_part"))
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    with forgetful_host() as address:
+        images = {5: [f"{address}/late.png"], 6: [f"{address}/other.png"]}
+        run = FileRun(tmp_path, [{"prompt": "a", "images": images.get(index, [])} for index in range(1, 9)])
+        watcher = run.when(4, kill)
+        words = run.words(*NETWORKS, "--executor", "fake", "--replicas", "2", "--image-fetch-timeout-s", "120")
+        assert cli.main(words) == 0
+        watcher.join()
+    assert len(killed) == 1
+    assert sorted(run.by_index()) == list(range(1, 9))
+    assert [record for record in run.records() if "error" in record] == []
+
+
 def test_what_does_not_fit_is_told(ray_here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = FileRun(tmp_path, [{"prompt": "a"}])
     assert cli.main(run.words("--executor", "fake", "--replicas", "3")) == 1
@@ -196,3 +264,27 @@ def test_an_engine_that_does_not_start_says_why(
     err = capsys.readouterr().err
     assert "kv_cache" in err or "blocks" in err
     assert run.num_answers() == 0
+
+
+def test_an_actor_without_a_place_is_not_waited_for_for_ever(
+    ray_here: None, tiny_facts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    monkeypatch.setattr(batch_data, "_IMPORTS_S", 0.5)
+    config = resolve(EngineConfig.from_fields(model=str(tiny_facts), device="cpu", start_timeout_s=0.5))
+    reader = RequestReader(vision=config.vision, defaults=SamplingParams(), seed=0)
+    group = placement_group([{"CPU": 100.0}])
+    try:
+        with pytest.raises(StartError, match=r"did not start in 1 s; free in the cluster: \d+ CPU"):
+            asyncio.run(batch_data._Starter(config, reader, [group]).start(0))
+    finally:
+        remove_placement_group(group)
+
+
+def test_an_actor_has_one_engine_in_its_own_process(tiny_facts: Path) -> None:
+    given = EngineConfig.from_fields(
+        model=str(tiny_facts), device="cpu", replicas=3, max_replicas=4, engine_process=True, ray_address="auto"
+    )
+    made = batch_data.one_engine(resolve(given))
+    assert (made.most_replicas, made.parallel.engine_process, made.parallel.ray_address) == (1, False, None)

@@ -57,6 +57,24 @@ def test_the_first_error_ends_the_others(num_after: int) -> None:
     assert work.cancelled == 1 + min(num_after, 1)
 
 
+def test_a_failure_is_told_at_the_next_start_though_there_is_room() -> None:
+    work = Work()
+
+    async def run() -> None:
+        async with BoundedTasks(100) as tasks:
+            await tasks.start(work.one(10**9))
+            await tasks.start(work.one(0, RuntimeError("lost")))
+            await asyncio.sleep(0.01)
+            with pytest.raises(RuntimeError, match="lost"):
+                await tasks.start(work.one(10**9))
+            assert work.now == 1
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        asyncio.run(asyncio.wait_for(run(), 10))
+    assert (work.cancelled, work.now) == (1, 0)
+
+
 def test_an_error_of_the_caller_ends_all() -> None:
     work = Work()
 

@@ -18,6 +18,9 @@ from dist_vlm.config import EngineConfig
 from dist_vlm.engine.front import load_tokenizer
 from dist_vlm.executor.fake import FakeExecutor
 from dist_vlm.launch import cli
+from dist_vlm.launch.jsonl import parse_line
+from dist_vlm.launch.line_source import LineParts, LineSource
+from dist_vlm.launch.line_table import AnsweredLine
 from dist_vlm.workers.models import get_family
 
 from ..server.picture_hosts import OTHER, picture_host
@@ -407,6 +410,49 @@ def test_lines_added_to_the_input_are_answered_by_resuming(tiny_facts: Path, tmp
     assert run.output.read_text().startswith(before)
     # A line with an error is answered; it is not tried again.
     assert [record["index"] for record in run.records()] == [2, 1, 3]
+
+
+def test_a_line_that_comes_twice_is_written_once_and_missing_ones_are_told(
+    tiny_facts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Ray tries a task again."""
+    skipped = {2, 5}
+
+    def answer(config: EngineConfig, *, path: str, parts: LineParts, write: Any, **others: Any) -> None:
+        source = LineSource(path, parts)
+        for part in range(len(parts)):
+            for index, raw in source.part(part) * 2:
+                if index not in skipped:
+                    write(AnsweredLine(parse_line(raw, index), {"text": "b"}))
+
+    monkeypatch.setattr("dist_vlm.launch.batch_data.answer_by_replicas", answer)
+    run = FileRun(tmp_path, *({"prompt": "a"} for _ in range(20)))
+    words = run.words(tiny_facts, *FAKE, "--replicas", "2")
+    assert cli.main(words) == 1
+    assert "2 lines of the input have no answer; --resume tries them again" in capsys.readouterr().err
+    assert sorted(run.by_index()) == [index for index in range(1, 21) if index not in skipped]
+    skipped.clear()
+    assert cli.main([*words, "--resume"]) == 0
+    assert sorted(run.by_index()) == list(range(1, 21))
+
+
+@pytest.mark.parametrize("inputs", [["--prompt", "x"], ["--input", "{input}", "--output", "{output}"]])
+def test_more_replicas_for_a_server_are_not_for_a_batch(
+    tiny_facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[str]
+) -> None:
+    given: list[EngineConfig] = []
+
+    def keep(config: EngineConfig, *others: Any, **more: Any) -> str:
+        given.append(config)
+        return ""
+
+    monkeypatch.setattr("dist_vlm.launch.generate._answer", keep)
+    monkeypatch.setattr("dist_vlm.launch.generate._answer_lines", keep)
+    (tmp_path / "c.yaml").write_text(f"model: {{model: {tiny_facts}}}\nscaling: {{max_replicas: 4}}\n")
+    run = FileRun(tmp_path, {"prompt": "a"})
+    words = [word.format(input=run.input, output=run.output) for word in inputs]
+    assert cli.main(["generate", "--config", str(tmp_path / "c.yaml"), "--no-progress", *words]) == 0
+    assert [config.most_replicas for config in given] == [1]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,14 @@ def test_a_record_is_in_the_file_as_soon_as_it_is_written(path: Path) -> None:
         assert not answers.has(1000)
 
 
+def test_a_second_answer_to_a_line_is_refused_and_the_file_stays_whole(path: Path) -> None:
+    before = write(path, line(1))
+    with opened(path, resume=True) as answers, pytest.raises(ValueError, match="has an answer to line 1 of its input"):
+        answers.append(line(1), {"text": "another"})
+    assert path.read_bytes() == before
+    opened(path, resume=True).close()
+
+
 def test_half_a_surrogate_pair_comes_back(path: Path) -> None:
     write(path, line(1, "\ud83d"))
     assert json.loads(path.read_bytes())["id"] == "\ud83d"

@@ -31,6 +31,29 @@ def test_arrays_are_not_copied_out_of_the_table() -> None:
     assert pa.total_allocated_bytes() - before < 1 << 16
 
 
+def nested(depth: int) -> list[object]:
+    value: list[object] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_values_of_a_wrong_line_stay_where_they_are() -> None:
+    line = Line(3, "three", {"prompt": nested(5000)})
+    with pytest.raises(RecursionError):
+        PreparedLine(line).table()
+    (back,) = prepared_lines(PreparedLine(line, error="wrong").table())
+    assert back == PreparedLine(Line(3, "three", {}), [], "wrong")
+
+
+def test_values_that_are_too_deep_for_the_reader_are_its_error() -> None:
+    table = PreparedLine(LINE).table()
+    text = '{"prompt": ' + "[" * 5000 + "]" * 5000 + "}"
+    table = table.set_column(table.schema.get_field_index("values"), "values", pa.array([text]))
+    (back,) = prepared_lines(table)
+    assert back == PreparedLine(Line(7, LINE.id, {}), [], "the line is nested too deeply")
+
+
 @pytest.mark.parametrize("name", ["text", 5, "5"])
 def test_errors_answers_and_ids_come_back(name: str | int) -> None:
     line = Line(1, name, {})

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import pytest
 
 from dist_vlm.executor.base import ExecutorError, StartError
-from dist_vlm.launch.replica_pool import MAX_LOST, MAX_TRIES, LinesGivenUp, ReplicaLost, ReplicaPool
+from dist_vlm.launch import replica_pool
+from dist_vlm.launch.replica_pool import MAX_LOST, MAX_STARTS, MAX_TRIES, LinesGivenUp, ReplicaLost, ReplicaPool
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_pool, "PAUSE_S", 0.001)
 
 
 class Farm:
-    """Makes replicas; one that is given "poison" is lost with all it has, and so is one after `lives` answers."""
+    """Makes replicas; one that is given "poison" is lost with all it has, and so is one after `lives` answers.
 
-    def __init__(self, lives: int = 10**9, refuses: frozenset[int] = frozenset()) -> None:
+    refuses: places where none starts. fails: number of a start, from 1 -> what it raises.
+    """
+
+    def __init__(
+        self,
+        lives: int = 10**9,
+        refuses: frozenset[int] = frozenset(),
+        fails: Mapping[int, Exception] | None = None,
+    ) -> None:
         self.made: list[OneReplica] = []
         self.lives, self.refuses = lives, refuses
+        self.fails = fails or {}
+        self.num_starts = 0
 
     async def start(self, number: int) -> OneReplica:
+        self.num_starts += 1
+        error = self.fails.get(self.num_starts)
         await asyncio.sleep(0.001)
+        if error is not None:
+            raise error
         if number in self.refuses:
             raise StartError("replica", "no memory")
         self.made.append(OneReplica(self, number))
@@ -101,6 +121,70 @@ def test_engines_that_end_again_and_again_end_the_run() -> None:
     assert f"{MAX_LOST} engines ended one after the other" in str(broken[0])
     assert not [answer for answer in answers if isinstance(answer, str)]
     assert len(farm.made) <= 2 + MAX_LOST
+
+
+def test_of_many_replicas_more_may_be_lost() -> None:
+    farm = Farm(lives=0)
+    answers = run(farm, [str(number) for number in range(100)], size=9, most=1)
+    told = [str(answer) for answer in answers if isinstance(answer, ExecutorError)]
+    assert "18 engines ended one after the other" in told[0]
+
+
+def test_lines_that_were_lost_once_go_on_beside_each_other() -> None:
+    class Dies(OneReplica):
+        async def ask(self, lines: Any) -> Any:
+            if self is farm.made[0]:
+                self.lost.set()
+            return await super().ask(lines)
+
+    class DyingFarm(Farm):
+        async def start(self, number: int) -> OneReplica:
+            await asyncio.sleep(0.001)
+            self.made.append(Dies(self, number))
+            return self.made[-1]
+
+    farm, lines = DyingFarm(), [str(number) for number in range(6)]
+    assert run(farm, lines, size=1, most=6) == [f"answer to {line}" for line in lines]
+    assert [replica.most for replica in farm.made] == [6, 6]
+
+
+@pytest.mark.parametrize("error", [StartError("replica", "no memory"), OSError("no memory")])
+def test_a_replacement_that_does_not_start_is_tried_again(error: Exception) -> None:
+    farm, lines = Farm(lives=5, fails={2: error, 3: error}), [str(number) for number in range(8)]
+    assert run(farm, lines, size=1) == [f"answer to {line}" for line in lines]
+    assert farm.num_starts == 4
+
+
+def test_a_place_that_cannot_be_filled_again_stays_empty_while_there_is_another() -> None:
+    class OneDies(Farm):
+        async def start(self, number: int) -> OneReplica:
+            replica = await super().start(number)
+            replica.lives = 2 if number else 10**9
+            return replica
+
+    error = OSError("no memory")
+    farm, lines = OneDies(fails={3: error, 4: error, 5: error}), [str(number) for number in range(40)]
+    assert run(farm, lines) == [f"answer to {line}" for line in lines]
+    assert farm.num_starts == 2 + MAX_STARTS
+    assert [replica.number for replica in farm.made] == [0, 1]
+
+
+@pytest.mark.parametrize("error", [StartError("replica", "no memory"), OSError("no memory")])
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_run_ends_when_no_replica_is_left(error: Exception, size: int) -> None:
+    """Whatever a start raises: nobody waits for ever."""
+    farm = Farm(lives=1, fails=dict.fromkeys(range(size + 1, 100), error))
+    answers = run(farm, [str(number) for number in range(20)], size=size)
+    broken = [answer for answer in answers if not isinstance(answer, str)]
+    assert len(broken) == 20 - size
+    assert all(isinstance(one, ExecutorError) and "no memory" in str(one) for one in broken)
+    assert farm.num_starts == size + size * MAX_STARTS
+
+
+def test_whatever_the_first_start_raises_ends_the_run() -> None:
+    farm = Farm(fails={2: OSError("no memory")})
+    answers = run(farm, [str(number) for number in range(20)], most=1)
+    assert "OSError: no memory" in {type(answer): str(answer) for answer in answers}[ExecutorError]
 
 
 def test_an_engine_that_does_not_start_ends_the_run_and_the_others() -> None:
