@@ -8,7 +8,7 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -102,7 +102,8 @@ def _number(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> None:
     flags = config_flags(arguments)
-    _check_together(arguments, flags)
+    check_flags(arguments)
+    _check_files(arguments)
     loaded = load_config(arguments.config, flags)
     # More than `replicas` are for a server, which adds them as the load asks for it.
     config = loaded.resolve().replace(max_replicas=None)
@@ -117,9 +118,11 @@ def run(arguments: argparse.Namespace) -> None:
     print(_answer(config, arguments.prompt, pictures, params, progress=not arguments.no_progress))
 
 
-def _check_together(arguments: argparse.Namespace, flags: Collection[str]) -> None:
-    """Raises `ConfigError` for flags that do not go together, and for files that are not there."""
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` for flags that do not go together, whatever files there are."""
+    _sampling_params(arguments, seed=None)
     if arguments.input is None:
+        flags = config_flags(arguments)
         for flag, value in (
             ("output", arguments.output),
             ("resume", arguments.resume),
@@ -128,13 +131,18 @@ def _check_together(arguments: argparse.Namespace, flags: Collection[str]) -> No
         ):
             if value:
                 raise ConfigError(f"--{flag} goes with --input, and there is none")
-        for path in arguments.image:
-            _check(os.path.isfile(path), "must be an existing file", "image", path)
-        return
-    if arguments.image:
+    elif arguments.image:
         raise ConfigError("--image goes with --prompt; with --input each line names its own pictures")
-    if arguments.output is None:
+    elif arguments.output is None:
         raise ConfigError("--input needs --output FILE, where the answers go")
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` for files that are not there."""
+    for path in arguments.image:
+        _check(os.path.isfile(path), "must be an existing file", "image", path)
+    if arguments.input is None:
+        return
     _check(os.path.isfile(arguments.input), "must be an existing file", "input", arguments.input)
     root = arguments.media_root
     _check(root is None or os.path.isdir(root), "must be an existing directory", "media-root", root)

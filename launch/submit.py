@@ -15,6 +15,7 @@ from typing import Any
 from dist_vlm.command_line import UsageError
 from dist_vlm.config import RULES, ConfigError
 from dist_vlm.config_load import SERVER_RULES, LoadedConfig, config_flags, flag_of, load_config
+from dist_vlm.launch import generate
 from dist_vlm.launch.job_package import LAUNCH_FILE, is_relative, packed
 
 _TEXT = """\
@@ -93,6 +94,8 @@ def _merged(file: str, words: Sequence[str]) -> tuple[argparse.Namespace, Loaded
     if any(word == "--api-key" or word.startswith("--api-key=") for word in words):
         raise UsageError("--api-key would stand in the job's log: set DIST_VLM_API_KEY, which the job is given")
     inner = build_parser().parse([words[0], "--config", file, *words[1:]])
+    if words[0] == "generate":
+        generate.check_flags(inner)
     return inner, load_config(file, config_flags(inner))
 
 

@@ -211,6 +211,8 @@ def _processes_with(word: str) -> list[int]:
         ((DEMO, "--", "bench"), "'bench' cannot be submitted: must be one of serve, generate, check"),
         ((DEMO, "--", "serve", "--config", "x.yaml"), "is given by submit itself"),
         ((DEMO, "--", "serve", "--api-key=x"), "--api-key would stand in the job's log: set DIST_VLM_API_KEY"),
+        ((DEMO, "--", "generate", "--input", "/q.jsonl"), "--input needs --output FILE, where the answers go"),
+        ((DEMO, "--", "generate", "--prompt", "x", "--temperature=-3"), "temperature"),
         ((DEMO, "--", "serve", "--prot", "1"), "unknown flag --prot; the nearest is --port"),
         ((DEMO, "--", "serve", "--port", "x"), "--port = 'x': must be an integer"),
         (
