@@ -14,9 +14,9 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 demo: $(VENV)/.run-installed
 	@$(BIN)/python examples/demo/run.py
 
-# Files run beside each other: half of their time is spent waiting for processes that start.
+# Files run beside each other, in their order: half of their time is spent waiting for processes that start.
 test: $(VENV)/.dev-installed
-	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Every point of the parity matrix on 64 prompts; `make test` runs a pairwise part on 16.
 parity: $(VENV)/.dev-installed

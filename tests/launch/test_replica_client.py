@@ -206,13 +206,13 @@ def test_a_node_lost_under_load_costs_no_request_and_the_replica_returns_with_a_
 def test_all_replicas_are_replaced_under_load_without_a_failed_request(
     llm: AsyncLLM, client: ReplicaClient, single: LLM, nodes: Nodes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = PROMPTS[:40]
+    prompts = PROMPTS[:16]
     expected = tokens_of(single.generate(prompts, DRAWN, use_tqdm=False))
     before = {report.replica_id for report in client.reports()}
 
     async def load(stop: asyncio.Event) -> AsyncIterator[list[list[int]]]:
         while not stop.is_set():
-            yield tokens_of(await answers(llm, prompts, DRAWN, at_once=10))
+            yield tokens_of(await answers(llm, prompts, DRAWN, at_once=4))
 
     async def run() -> list[list[list[int]]]:
         stop = asyncio.Event()
