@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,14 +72,14 @@ def started(*, num_cpus: int) -> Iterator[Head]:
             yield Head(url, token, head.pid)
         finally:
             head.send_signal(signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 head.wait(20)
-            finally:
-                # What it started is in its session.
-                for pid in session_of(head.pid):
+            # What it started is in its session.
+            for pid in session_of(head.pid):
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                head.kill()
-                head.wait()
+            head.kill()
+            head.wait()
 
 
 def session_of(leader: int) -> list[int]:

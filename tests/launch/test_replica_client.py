@@ -37,14 +37,14 @@ from dist_vlm.sched.scheduler import SchedulerStats
 from dist_vlm.workers.plan import SamplingRow
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo" / "checkpoint"
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 
 NUM_PICTURES = 20
 QUESTIONS = ("What is in the picture?", "How many shapes are there?", "Which colour is the circle?", "What is left?")
 # Greedy, and drawn with a seed: both must be what one engine answers.
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 DRAWN = SamplingParams(temperature=0.9, seed=3, presence_penalty=0.5, max_tokens=48, ignore_eos=True)
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 @pytest.fixture(scope="module")
