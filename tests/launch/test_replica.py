@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import pytest
 from dist_vlm.config import EngineConfig, resolve
 from dist_vlm.engine import core_messages as messages
 from dist_vlm.engine.messages import EngineOutput
-from dist_vlm.executor.fake import checksum_token
+from dist_vlm.executor.fake import FakeExecutor, checksum_token
 from dist_vlm.launch import replica_report
 from dist_vlm.launch.replica import EngineReplica
-from dist_vlm.workers.plan import SamplingRow
+from dist_vlm.workers.plan import SamplingRow, StepResult
 from dist_vlm.workers.wire import WireError
 
 PROMPT = (5, 6, 7, 8)
@@ -87,7 +88,15 @@ def test_the_same_request_sent_twice_is_two(replica: EngineReplica) -> None:
     assert [tokens_of(outputs) for outputs in asyncio.run(run())] == [expected(12)] * 6
 
 
-def test_closing_the_stream_aborts_the_request(replica: EngineReplica) -> None:
+def test_closing_the_stream_aborts_the_request(replica: EngineReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = FakeExecutor.collect
+
+    def slow(self: FakeExecutor) -> StepResult:
+        time.sleep(0.05)
+        return sound(self)
+
+    monkeypatch.setattr(FakeExecutor, "collect", slow)
+
     async def run() -> Any:
         stream = replica.generate(frame("a", max_tokens=100))
         await anext(stream)
