@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         problem = "must be letters, digits, '.', '_' and '-', beginning with a letter or a digit"
         raise ConfigError(problem, field="job-id", value=arguments.job_id, source="--job-id")
     inner, merged = _merged(arguments.file, arguments.inner)
-    _check_files(inner, arguments.inner, working_dir=arguments.working_dir)
+    _check_files(inner, working_dir=arguments.working_dir)
     _check_launch(merged)
     return _submit(arguments, launch, drain_timeout_s=merged.server.drain_timeout_s)
 
@@ -108,7 +108,7 @@ def _check_launch(loaded: LoadedConfig) -> None:
     loaded.resolve(checkpoint=os.path.isdir(loaded.config.model.model))
 
 
-def _check_files(inner: argparse.Namespace, words: Sequence[str], *, working_dir: str | None) -> None:
+def _check_files(inner: argparse.Namespace, *, working_dir: str | None) -> None:
     """Raises `ConfigError` for a relative path that would lead nowhere, or to where nothing is kept."""
     if working_dir is not None and not os.path.isdir(working_dir):
         raise ConfigError(
