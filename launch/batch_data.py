@@ -22,10 +22,10 @@ from dist_vlm.executor.placement import STRATEGY, check_fits, engine_bundles_of,
 from dist_vlm.executor.ray_cluster import RayCluster
 from dist_vlm.launch.bounded_tasks import BoundedTasks
 from dist_vlm.launch.engine_actor import EngineActor
+from dist_vlm.launch.engine_pool import EnginePool, LinesGivenUp, ReplicaLost
 from dist_vlm.launch.line_source import LineSource
 from dist_vlm.launch.line_table import AnsweredLine, answered_lines, named_lines
 from dist_vlm.launch.picture_task import prepare_part
-from dist_vlm.launch.replica_pool import LinesGivenUp, ReplicaLost, ReplicaPool
 from dist_vlm.machine import usable_cores
 from dist_vlm.workers.failure import describe
 
@@ -95,7 +95,7 @@ async def _answer(
         return replica
 
     # Pictures are prepared while the engines start.
-    async with ReplicaPool(start, size=replicas, most=most) as pool, BoundedTasks(replicas * most) as tasks:
+    async with EnginePool(start, size=replicas, most=most) as pool, BoundedTasks(replicas * most) as tasks:
         await _each_block(lines, lambda block: tasks.start(work_off(block)))
 
 

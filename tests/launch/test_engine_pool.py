@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from dist_vlm.executor.base import ExecutorError, StartError
-from dist_vlm.launch import replica_pool
-from dist_vlm.launch.replica_pool import MAX_LOST, MAX_STARTS, MAX_TRIES, LinesGivenUp, ReplicaLost, ReplicaPool
+from dist_vlm.launch import engine_pool
+from dist_vlm.launch.engine_pool import MAX_LOST, MAX_STARTS, MAX_TRIES, EnginePool, LinesGivenUp, ReplicaLost
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica_pool, "PAUSE_S", 0.001)
+    monkeypatch.setattr(engine_pool, "PAUSE_S", 0.001)
 
 
 class Farm:
@@ -76,7 +76,7 @@ class OneReplica:
 
 def run(farm: Farm, lines: list[str], *, size: int = 2, most: int = 4) -> list[Any]:
     async def work() -> list[Any]:
-        async with ReplicaPool(farm.start, size=size, most=most) as pool:
+        async with EnginePool(farm.start, size=size, most=most) as pool:
             return await asyncio.gather(*map(pool.ask, lines), return_exceptions=True)
 
     return asyncio.run(limited(work()))
@@ -201,7 +201,7 @@ def test_leaving_while_engines_start_ends_the_starts() -> None:
 
     async def work() -> None:
         with pytest.raises(KeyError):
-            async with ReplicaPool(never, size=2, most=1):
+            async with EnginePool(never, size=2, most=1):
                 await asyncio.sleep(0)
                 raise KeyError
         assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -47,7 +47,7 @@ class _Place:
         self.num_asked = 0
 
 
-class ReplicaPool:
+class EnginePool:
     """Gives lines to the replica that has the fewest. For one event loop; a context manager, which begins to start the
     replicas and ends them. Lines may be asked for before one is there.
 
