@@ -36,6 +36,7 @@ OPTIONS = (
     "-fPIC",
     "-shared",
 )
+LIBRARIES = ("-lrt",)  # shm_open, before glibc 2.34
 TYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 _int64 = ctypes.c_int64
@@ -117,7 +118,7 @@ def _key(compiler: str) -> str:
     for path in [*_sources(), *sorted(Path(__file__).resolve().parent.glob("*.h"))]:
         digest.update(path.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=60).stdout
-    digest.update(version + " ".join(OPTIONS).encode() + platform.machine().encode())
+    digest.update(version + " ".join(OPTIONS + LIBRARIES).encode() + platform.machine().encode())
     # What -march=native looks at.
     described = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else ""
     fixed = ("flags", "Features", "model", "vendor_id", "CPU part")
@@ -128,7 +129,7 @@ def _key(compiler: str) -> str:
 def _compile(compiler: str, path: Path) -> None:
     began = time.perf_counter()
     unfinished = path.with_suffix(f".{os.getpid()}")
-    command = [compiler, *OPTIONS, *map(str, _sources()), "-o", str(unfinished)]
+    command = [compiler, *OPTIONS, *map(str, _sources()), *LIBRARIES, "-o", str(unfinished)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=300)
     if done.returncode != 0:
         _log.error("%s\n%s", " ".join(command), done.stderr)

@@ -1,23 +1,12 @@
 // partial += residual; normed = weight * rms_normed(partial). All rows dense, of `size` elements.
-#include "common.h"
+#include "add_norm.h"
 
 template <typename T>
 static void add_norm(T* partial, const T* residual, const T* weight, T* normed, int64_t rows, int64_t size, float eps) {
 #pragma omp parallel for if (rows * size >= kParallelElements)
     for (int64_t row = 0; row < rows; row++) {
-        T* sum = partial + row * size;
-        T* out = normed + row * size;
-        if (residual) {
-            const T* old = residual + row * size;
-#pragma omp simd
-            for (int64_t i = 0; i < size; i++) sum[i] = narrow<T>(widen(old[i]) + widen(sum[i]));
-        }
-        float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < size; i++) squares += widen(sum[i]) * widen(sum[i]);
-        float scale = 1.0f / std::sqrt(squares / static_cast<float>(size) + eps);
-#pragma omp simd
-        for (int64_t i = 0; i < size; i++) out[i] = narrow<T>(widen(weight[i]) * widen(narrow<T>(widen(sum[i]) * scale)));
+        int64_t at = row * size;
+        add_norm_row<T>(partial + at, residual ? residual + at : nullptr, weight, normed + at, size, eps);
     }
 }
 
