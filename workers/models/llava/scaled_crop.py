@@ -18,9 +18,20 @@ from PIL import Image
 
 from dist_vlm.workers.beside import run_beside
 from dist_vlm.workers.coded_pixels import blank_coded, decoded, places_of
+from dist_vlm.workers.models.llava.scaled_axis import ScaledAxis
 
 _log = logging.getLogger(__name__)
 
+# Filters by which a part of a picture can be made alone, and how far they reach. There they are zero: a rounding that
+# counts one pixel more or less makes no difference. That of a box does, and to the nearest pixel PIL adds its way up.
+_SUPPORT = {
+    Image.Resampling.BILINEAR: 1.0,
+    Image.Resampling.HAMMING: 1.0,
+    Image.Resampling.BICUBIC: 2.0,
+    Image.Resampling.LANCZOS: 3.0,
+}
+# The pixels of a picture that a thread is asked to help for, and the bands of one at most.
+_BAND_PIXELS, _MAX_BANDS = 1 << 16, 4
 # Wider than high and made smaller, higher than wide and made larger; both far from the model's shape.
 _PROBE_SHAPES = ((500, 739, 3), (31, 17, 3))
 
@@ -40,13 +51,60 @@ class ScaledCrop:
     def __call__(self, picture: Image.Image, *, helpers: Executor | None = None) -> np.ndarray:
         """An RGB picture -> its part as coded pixels.
 
-        helpers: threads for the channels. To scale each by itself gives the same, sooner, for more work in all.
+        helpers: threads that may take bands of it, or channels. To scale each channel by itself gives the same, sooner,
+            for more work in all.
         """
+        if self.has_bands(picture):
+            most = min(_MAX_BANDS, picture.width * picture.height // _BAND_PIXELS) if helpers is not None else 1
+            return self.in_bands(picture, max(1, most), helpers)
         if helpers is not None:
             return self.by_channel(picture, helpers)
         coded = self._blank()
         places_of(coded)[0] = self._scaled(picture).transpose(2, 0, 1)
         return coded
+
+    def has_bands(self, picture: Image.Image) -> bool:
+        """Whether parts of it can be made alone. PIL scales first across and then down where the picture is not higher
+        than wide; in what order it scales others depends on its version and on their shape."""
+        return self.resample in _SUPPORT and picture.width >= picture.height
+
+    def in_bands(self, picture: Image.Image, most: int, helpers: Executor | None) -> np.ndarray:
+        """In at most that many bands of rows; of columns, what is kept is made alone. For pictures that `has_bands`."""
+        coded = self._blank()
+        places = places_of(coded)[0].transpose(1, 2, 0)
+        across, down = self._axes(*picture.size)
+        (columns,) = across.parts(1)
+        run_beside(
+            helpers,
+            [partial(self._band_into, places, picture, across, down, columns, rows) for rows in down.parts(most)],
+        )
+        return coded
+
+    def _band_into(
+        self,
+        places: np.ndarray,
+        picture: Image.Image,
+        across: ScaledAxis,
+        down: ScaledAxis,
+        columns: tuple[int, int],
+        rows: tuple[int, int],
+    ) -> None:
+        """Fills a band of `places`, uint8 [height, width, 3]. columns, rows: of the scaled picture, to be made."""
+        (left, right), (top, bottom) = columns, rows
+        resample = Image.Resampling(self.resample)
+        if picture.size == (across.scaled, down.scaled):
+            band = picture.crop((left, top, right, bottom))
+        else:
+            first, last = down.needed(top, bottom, support=_SUPPORT[resample])
+            band = picture.crop((0, first, picture.width, last))
+            # One direction at a time: asked for both, PIL may take them in another order for a part than for the whole.
+            box = (across.place(left), 0.0, across.place(right), float(band.height))
+            band = band.resize((right - left, band.height), resample=resample, box=box)
+            box = (0.0, down.place(top) - first, float(band.width), down.place(bottom) - first)
+            band = band.resize((band.width, bottom - top), resample=resample, box=box)
+        upper, lower = max(top, down.start), min(bottom, down.end)
+        kept = band.crop((across.start - left, upper - top, across.end - left, lower - top))
+        places[upper - down.start : lower - down.start] = np.asarray(kept)
 
     def by_channel(self, picture: Image.Image, helpers: Executor | None) -> np.ndarray:
         coded = self._blank()
@@ -63,8 +121,16 @@ class ScaledCrop:
     def _scaled(self, picture: Image.Image) -> np.ndarray:
         """The part kept: uint8 [height, width] of a single channel, else [height, width, 3]."""
         scaled = picture.resize(self._scaled_size(*picture.size), resample=Image.Resampling(self.resample))
-        left, top = (scaled.width - self.width) // 2, (scaled.height - self.height) // 2
-        return np.asarray(scaled.crop((left, top, left + self.width, top + self.height)))
+        across, down = self._axes(*picture.size)
+        return np.asarray(scaled.crop((across.start, down.start, across.end, down.end)))
+
+    def _axes(self, width: int, height: int) -> tuple[ScaledAxis, ScaledAxis]:
+        """Across and down."""
+        scaled_width, scaled_height = self._scaled_size(width, height)
+        return (
+            ScaledAxis(width, scaled_width, (scaled_width - self.width) // 2, self.width),
+            ScaledAxis(height, scaled_height, (scaled_height - self.height) // 2, self.height),
+        )
 
     def _scaled_size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height; the longer side is rounded down."""
@@ -106,7 +172,10 @@ def _agree(made: ScaledCrop, processor: Any) -> bool:
     for seed, shape in enumerate(_PROBE_SHAPES):
         picture = Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
         expected = processor(images=picture, return_tensors="np")["pixel_values"]
-        if not all(np.array_equal(decoded(ours), expected) for ours in (made(picture), made.by_channel(picture, None))):
+        ways = [made(picture), made.by_channel(picture, None)]
+        if made.has_bands(picture):
+            ways.append(made.in_bands(picture, _MAX_BANDS, None))
+        if not all(np.array_equal(decoded(ours), expected) for ours in ways):
             _log.warning("transformers' image processor does something unforeseen: pictures go through it, slowly")
             return False
     return True

@@ -36,6 +36,8 @@ def expected(processor: Any, image: Image.Image) -> np.ndarray:
 SIZES = [
     (336, 336), (640, 480), (480, 640), (1024, 768), (400, 1000), (1, 1), (337, 336), (335, 336), (641, 479), (7, 500),
     (500, 7), (1921, 1080), (100, 100),
+    (500, 336), (336, 500), (1081, 1922), (1922, 1081), (1920, 1080), (1080, 1920), (799, 533), (3000, 2), (67, 66),
+    (1280, 960), (2047, 1536), (672, 672), (672, 500), (130, 131),
 ]  # fmt: skip
 
 
@@ -46,6 +48,8 @@ def test_equals_transformers_for_every_shape_of_picture(size: tuple[int, int]) -
     assert ours is not None
     coded = ours(picture(*size))
     np.testing.assert_array_equal(decoded(coded), expected(processor, picture(*size)), strict=True)
+    for bands in (1, 2, 3, 4, 9) if ours.has_bands(picture(*size)) else ():
+        np.testing.assert_array_equal(ours.in_bands(picture(*size), bands, None), coded, strict=True)
     with ThreadPoolExecutor(2) as helpers:
         np.testing.assert_array_equal(ours(picture(*size), helpers=helpers), coded, strict=True)
 
@@ -62,6 +66,8 @@ def test_equals_transformers_for_every_shape_of_picture(size: tuple[int, int]) -
         {"crop_size": {"height": 33, "width": 28}},
         {"resample": Image.Resampling.BILINEAR},
         {"resample": Image.Resampling.LANCZOS},
+        {"resample": Image.Resampling.HAMMING},
+        {"resample": Image.Resampling.BOX},
         {"resample": Image.Resampling.NEAREST},
         {"kind": LlavaImageProcessorPil, "do_pad": False},
     ],
@@ -73,6 +79,9 @@ def test_equals_transformers_for_every_setting_it_serves(settings: dict[str, Any
     assert ours is not None
     for size in ((80, 60), (31, 77)):
         np.testing.assert_array_equal(decoded(ours(picture(*size))), expected(processor, picture(*size)))
+        if ours.has_bands(picture(*size)):
+            coded = ours.in_bands(picture(*size), 4, None)
+            np.testing.assert_array_equal(decoded(coded), expected(processor, picture(*size)))
 
 
 @pytest.mark.parametrize(
