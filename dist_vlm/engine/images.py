@@ -92,7 +92,8 @@ class ImagePreparer:
         """What `decoded` gave, as the model takes it."""
         assert self._processor is not None
         preprocess = partial(self._processor.preprocess, rgb, helpers=helpers)
-        array, key = run_beside(helpers, [preprocess, partial(content_key, rgb, settings=self._processor.digest)])
+        name = partial(content_key, rgb, settings=self._processor.digest, helpers=helpers)
+        array, key = run_beside(helpers, [preprocess, name])
         return PreparedImage(key, "coded_pixels" if array.dtype == np.uint8 else "pixel_values", array)
 
     def _check_aspect(self, picture: Image.Image, name: str) -> None:
