@@ -175,6 +175,16 @@ def checkpoint(folder: str) -> str:
     return folder
 
 
+def facts() -> dict[str, Any]:
+    """What the figures depend on."""
+    versions = {name: importlib.metadata.version(name) for name in ("pillow", "numpy", "transformers", "ray")}
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
+        "software": {"python": platform.python_version(), **versions},
+    }
+
+
 def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     config = resolve(
         EngineConfig.from_fields(
@@ -209,15 +219,8 @@ def main() -> None:
     os.environ[STEP_MS] = str(arguments.step_ms)
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(arguments, checkpoint(folder))
-    versions = {name: importlib.metadata.version(name) for name in ("pillow", "numpy", "transformers", "ray")}
-    facts = {
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": round(os.getloadavg()[0], 2),
-        "software": {"python": platform.python_version(), **versions},
-        "step_ms": arguments.step_ms,
-        "count": arguments.count,
-    }
-    json.dump(facts | measured, sys.stdout, indent=2)
+    details = {"step_ms": arguments.step_ms, "count": arguments.count}
+    json.dump(facts() | details | measured, sys.stdout, indent=2)
     print()
 
 
