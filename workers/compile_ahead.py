@@ -37,7 +37,6 @@ _DEVICE = torch.device("meta")
 # A kernel takes about half a second, a rank some twenty of them.
 _MAX_PROCESSES = 6
 _PROMPT_TOKENS = 300
-_LIBRARIES = ("libtorch_cuda", "libcublas", "libcublasLt")
 
 
 class ShapesOnly(Communicator):
@@ -179,23 +178,10 @@ def _compile(index: int, *, is_linked: bool) -> str | None:
     return None
 
 
-def read_ahead(names: Sequence[str]) -> list[str]:
-    """Asks the system to read the libraries of these names that this process has mapped; a rank that takes a GPU looks
-    through them page by page. Returns their paths, and does not wait."""
-    with open("/proc/self/maps", encoding="utf-8") as lines:
-        mapped = {fields[5].strip() for line in lines if len(fields := line.split(maxsplit=5)) == 6}
-    paths = sorted(path for path in mapped if os.path.basename(path).split(".so")[0] in names)
-    for path in paths:
-        with open(path, "rb") as library:
-            os.posix_fadvise(library.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-    return paths
-
-
 def main(words: Sequence[str]) -> int:
     config = RankConfig(**json.loads(words[0]))
     compile_for(gpu_capability())
     Runner.preload(config)
-    read_ahead(_LIBRARIES)
     launches = launches_of(config, choose(config.kernels, config.device))
     processes = max(1, min(_MAX_PROCESSES, len(os.sched_getaffinity(0)) // 2, len(launches)))
     errors = compile_all(launches, processes=processes)

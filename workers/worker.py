@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.failure import RankError, describe
 from dist_vlm.workers.pending import FinishedSteps, PendingStep
 from dist_vlm.workers.plan import StepPlan
+from dist_vlm.workers.read_ahead import hold_gpu
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +53,7 @@ class Worker:
         self._store: Any = None
         self._runner: Any = None
         self._gpu = 0
+        self._prepare_seconds: dict[str, float] = {}
         self._pending: deque[PendingStep] = deque()
         self._last_step = -1
 
@@ -64,13 +67,18 @@ class Worker:
         The port, on `host`, is rank 0's where there are several ranks; otherwise 0.
         """
         config = self._config
+        if config.device == "cuda":
+            # Beside the imports: with a driver that nobody has open, it can take as long as they do.
+            threading.Thread(target=hold_gpu, name="hold-gpu", daemon=True).start()
         with self._stage_named("import"):
-            module, _, name = self._runner_name.partition(":")
-            self._make_runner: Callable[..., Any] = getattr(import_module(module), name)
-            if hasattr(self._make_runner, "preload"):
-                self._make_runner.preload(config)
-            from dist_vlm.workers import comm
-        with self._stage_named("device"):
+            with self._timed("runner"):
+                module, _, name = self._runner_name.partition(":")
+                self._make_runner: Callable[..., Any] = getattr(import_module(module), name)
+            with self._timed("model"):
+                if hasattr(self._make_runner, "preload"):
+                    self._make_runner.preload(config)
+                from dist_vlm.workers import comm
+        with self._stage_named("device"), self._timed("device"):
             if config.device == "cuda":
                 self._gpu = _gpu_ordinal()
             self._enter_thread()
@@ -82,6 +90,10 @@ class Worker:
         with self._stage_named("join"):
             self._store = comm.host_store(host, config.world_size, timeout_s)
             return __version__, int(self._store.port)
+
+    def prepare_seconds(self) -> dict[str, float]:
+        """What the parts of `prepare` took: importing the "runner" and the "model", taking the "device"."""
+        return dict(self._prepare_seconds)
 
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Joins the tensor-parallel group whose rendezvous is at host:port; all ranks are on one machine.
@@ -205,6 +217,12 @@ class Worker:
         elif self._config.num_threads > 0:
             torch.set_num_threads(self._config.num_threads)
         self._thread.ready = True
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._prepare_seconds[part] = time.monotonic() - began
 
     @contextmanager
     def _stage_named(self, stage: str) -> Iterator[None]:

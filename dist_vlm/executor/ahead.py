@@ -1,5 +1,5 @@
-"""Starts the process that compiles the ranks' kernels while Ray starts. What it leaves is a cache: nothing waits for
-it, and nothing depends on it."""
+"""Starts the processes that work ahead of the ranks while Ray starts: one compiles their kernels, one has the system
+read what they will import. What they leave is caches: nothing waits for them, and nothing depends on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_vlm.kernels.triton_support import triton_interpreted
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.failure import describe
 
-MODULE = "dist_vlm.workers.compile_ahead"
+COMPILING, READING = "dist_vlm.workers.compile_ahead", "dist_vlm.workers.read_ahead"
 # Of what a process that failed has written, the end.
 _TOLD_CHARS = 4000
 
@@ -28,18 +28,30 @@ _log = logging.getLogger(__name__)
 
 def is_wanted(config: RankConfig, *, ray_address: str | None) -> bool:
     """Whether the ranks' kernels can be compiled here: Triton's, for ranks on this machine."""
-    here = (ray_address or os.environ.get("RAY_ADDRESS") or "local") == "local"
-    return here and config.device == "cuda" and config.kernels == "triton" and not triton_interpreted()
+    return reads(config, ray_address=ray_address) and config.kernels == "triton" and not triton_interpreted()
+
+
+def reads(config: RankConfig, *, ray_address: str | None) -> bool:
+    """Whether it is worth to read ahead: for ranks on this machine that take a GPU, with the libraries for that."""
+    return (ray_address or os.environ.get("RAY_ADDRESS") or "local") == "local" and config.device == "cuda"
 
 
 def command(config: RankConfig) -> list[str]:
-    return [sys.executable, "-m", MODULE, json.dumps(dataclasses.asdict(config))]
+    return [sys.executable, "-m", COMPILING, json.dumps(dataclasses.asdict(config))]
 
 
-class AheadCompiler:
-    """A process in a session of its own, so that `stop` ends those it has started too. Raises nothing."""
+def reading_command() -> list[str]:
+    return [sys.executable, "-m", READING, str(os.getpid())]
 
-    def __init__(self, words: Sequence[str]) -> None:
+
+class AheadProcess:
+    """A process in a session of its own, so that `stop` ends those it has started too. Raises nothing.
+
+    task: what it does, for the log.
+    """
+
+    def __init__(self, words: Sequence[str], task: str = "compiling kernels ahead") -> None:
+        self._task = task
         self._stopped = False
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
@@ -53,9 +65,9 @@ class AheadCompiler:
                 start_new_session=True,
             )
         except OSError as error:
-            _log.warning("kernels are not compiled ahead: %s", describe(error))
+            _log.warning("%s: it cannot be started: %s", task, describe(error))
             return
-        self._thread = threading.Thread(target=self._await, args=(self._process,), name="compile-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._await, args=(self._process,), name="ahead", daemon=True)
         self._thread.start()
 
     @property
@@ -77,9 +89,9 @@ class AheadCompiler:
         _, told = process.communicate()
         if process.returncode and not self._stopped:
             text = told.decode(errors="replace").strip()[-_TOLD_CHARS:]
-            _log.warning("kernels were not compiled ahead (status %d), the ranks do it: %s", process.returncode, text)
+            _log.warning("%s failed (status %d), the ranks go without: %s", self._task, process.returncode, text)
         elif not self._stopped:
-            _log.info("kernels are compiled ahead")
+            _log.info("%s is done", self._task)
 
 
 def _environment() -> dict[str, str]:

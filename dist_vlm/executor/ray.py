@@ -72,7 +72,8 @@ class RayExecutor(Executor):
         self._runner = runner
         self._transport_class = TRANSPORTS[transport]
         self._cluster = RayCluster()
-        self._ahead: ahead.AheadCompiler | None = None
+        self._ahead: ahead.AheadProcess | None = None
+        self._reading: ahead.AheadProcess | None = None
         self._places: placement.Places | None = None
         self._actors: list[Any] = []
         self._transport: Transport | None = None
@@ -99,8 +100,13 @@ class RayExecutor(Executor):
 
     def _start(self, deadline: Deadline) -> ExecutorInfo:
         config = self._config
+        if ahead.reads(config, ray_address=self._ray_address):
+            self._reading = ahead.AheadProcess(ahead.reading_command(), "reading ahead")
         if ahead.is_wanted(config, ray_address=self._ray_address):
-            self._ahead = ahead.AheadCompiler(ahead.command(config))
+            self._ahead = ahead.AheadProcess(ahead.command(config))
+        import ray  # noqa: F401 - its share of the time is told by itself
+
+        deadline.lap("ray import")
         self._cluster.connect(
             self._ray_address,
             # One more than the ranks take: Ray starts a process for each ahead, and the transport needs one too.
@@ -120,6 +126,7 @@ class RayExecutor(Executor):
             runner=self._runner,
             private=self._cluster.on_private,
         )
+        self._images = ImageStaging(self._actors, inline_bytes=self._cluster.inline_bytes)
         info = start_ranks(
             self._actors,
             deadline=deadline,
@@ -129,6 +136,9 @@ class RayExecutor(Executor):
         self._open_transport(deadline)
         self._heartbeat = Heartbeat(self._actors)
         deadline.lap("transport")
+        if self._reading is not None:
+            self._reading.stop()
+            self._reading = None
         return dataclasses.replace(info, start_seconds=deadline.laps)
 
     def _open_transport(self, deadline: Deadline) -> None:
@@ -193,9 +203,10 @@ class RayExecutor(Executor):
         if self._dead is None:
             self._dead = ExecutorError("step", "the executor is shut down")
         self._stop_watching()
-        if self._ahead is not None:
-            self._ahead.stop()
-            self._ahead = None
+        for process in (self._reading, self._ahead):
+            if process is not None:
+                process.stop()
+        self._reading = self._ahead = None
         # Killed first: closing the transport would wait for a rank that is stuck in a step.
         self._kill_ranks()
         if self._heartbeat is not None:

@@ -62,9 +62,10 @@ def start_ranks(
     actors: Sequence[Any], *, deadline: Deadline, collective_timeout_s: float, num_blocks: int | None
 ) -> ExecutorInfo:
     """Takes every rank through its stages. Raises `StartError` for the first that fails."""
-    prepared = await_all(
-        "actor", [actor.prepare.remote(_HOST, deadline.remaining_s) for actor in actors], deadline=deadline
-    )
+    calls = [actor.prepare.remote(_HOST, deadline.remaining_s) for actor in actors]
+    parts = [actor.prepare_seconds.remote() for actor in actors]
+    prepared = await_all("actor", calls, deadline=deadline)
+    _note_parts(parts, deadline)
     for rank, (version, _) in enumerate(prepared):
         if version != __version__:
             raise StartError("actor", f"the rank runs dist-vlm {version}, the driver {__version__}", rank)
@@ -77,6 +78,18 @@ def start_ranks(
     blocks = choose_num_blocks(reports, num_blocks)
     await_all("allocate", [actor.allocate.remote(blocks) for actor in actors], deadline=deadline)
     return ExecutorInfo(num_blocks=blocks, reports=reports)
+
+
+def _note_parts(refs: Sequence[Any], deadline: Deadline) -> None:
+    """What the parts of the actors' stage took, each on the rank on which it took longest."""
+    import ray
+
+    seconds: dict[str, float] = {}
+    for parts in ray.get(list(refs), timeout=deadline.remaining_s):
+        for part, took in parts.items():
+            seconds[part] = max(took, seconds.get(part, 0.0))
+    for part, took in seconds.items():
+        deadline.note(f"actor: {part}", took)
 
 
 def await_all(stage: str, refs: Sequence[Any], *, deadline: Deadline) -> list[Any]:

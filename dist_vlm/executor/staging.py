@@ -1,4 +1,5 @@
-"""Images on their way to the ranks: each is put into Ray's object store once, and read from there by every rank."""
+"""Images on their way to the ranks: each is put into Ray's object store once, and read from there by every rank; where
+there is one rank alone, and Ray sends that much with a call, it goes to it as it is."""
 
 from __future__ import annotations
 
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
 _GROUP = "staging"
 # How long a call waits for the one before it on the same key.
 _ORDER_S = 5.0
+# Of what a call may send, beside an image: its name, its kind, and what Ray adds.
+_BESIDE_BYTES = 4096
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """array: the reference that keeps the image in the object store: a rank reads it in place. answers: one a rank."""
+    """array: the reference that keeps the image in the object store, where a rank reads it in place; None for one that
+    was sent. answers: one a rank."""
 
     array: Any
     answers: list[Future[None]]
@@ -35,10 +39,13 @@ class ImageStaging:
 
     To put an image into the store takes longer than to send a plan, so a thread of its own does it, and answers are
     taken by Ray's own thread: no method of this class calls Ray or waits, `close` apart.
+
+    inline_bytes: what Ray sends with a call, at most.
     """
 
-    def __init__(self, actors: Sequence[Any]) -> None:
+    def __init__(self, actors: Sequence[Any], *, inline_bytes: int = 0) -> None:
         self._actors = actors
+        self._inline_bytes = inline_bytes
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="staging")
         self._sent: dict[str, Future[_Sent]] = {}
         # The sender's alone: the ranks' answers to the last call that withdrew a key.
@@ -73,10 +80,11 @@ class ImageStaging:
     def _send(self, key: str, kind: StageKind, array: np.ndarray) -> _Sent:
         import ray
 
-        ref = ray.put(array)
+        is_sent = len(self._actors) == 1 and array.nbytes + _BESIDE_BYTES <= self._inline_bytes
+        given = array if is_sent else ray.put(array)
         _await(self._withdrawn.pop(key, ()))
-        calls = [actor.stage.options(concurrency_group=_GROUP).remote(key, kind, ref) for actor in self._actors]
-        return _Sent(ref, [call.future() for call in calls])
+        calls = [actor.stage.options(concurrency_group=_GROUP).remote(key, kind, given) for actor in self._actors]
+        return _Sent(None if is_sent else given, [call.future() for call in calls])
 
     def _withdraw(self, key: str, sent: Future[_Sent]) -> None:
         if sent.exception() is None:

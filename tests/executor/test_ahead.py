@@ -1,10 +1,11 @@
-"""The process that compiles kernels ahead: when it is started, how it ends, and that nothing depends on it."""
+"""The processes that work ahead of the ranks: when they are started, how they end, and that nothing depends on them."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from stand_in import RUNNER, rank_config
 
 from dist_vlm.executor import ahead
-from dist_vlm.executor.ahead import AheadCompiler, is_wanted
+from dist_vlm.executor.ahead import AheadProcess, is_wanted, reads
 from dist_vlm.executor.ray import RayExecutor
 from dist_vlm.workers.config import RankConfig
 
@@ -51,6 +52,7 @@ def test_it_is_wanted_for_triton_on_gpus_of_this_machine(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = rank_config(**({"device": "cuda", "kernels": "triton"} | changes))
     assert is_wanted(config, ray_address=address) is expected
+    assert reads(config, ray_address=address) is (expected or "kernels" in changes)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert not is_wanted(config, ray_address=None)
     monkeypatch.delenv("RAY_ADDRESS")
@@ -65,9 +67,19 @@ def test_the_command_tells_the_configuration() -> None:
     assert RankConfig(**json.loads(told)) == config
 
 
+def test_reading_ends_by_itself_or_when_it_is_stopped() -> None:
+    *_, module, parent = ahead.reading_command()
+    assert (module, int(parent)) == ("dist_vlm.workers.read_ahead", os.getpid())
+    process = AheadProcess(ahead.reading_command(), "reading ahead")
+    time.sleep(1.0)
+    assert process.is_running, "it ended while this process is there"
+    process.stop()
+    assert not process.is_running
+
+
 def test_stopping_ends_it_and_what_it_has_started(tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    process = AheadCompiler(["bash", "-c", f"sleep 1000 & echo $! > {note}.new; mv {note}.new {note}; wait"])
+    process = AheadProcess(["bash", "-c", f"sleep 1000 & echo $! > {note}.new; mv {note}.new {note}; wait"])
     until(note.exists)
     assert process.is_running and is_alive(int(note.read_text()))
     process.stop()
@@ -78,7 +90,7 @@ def test_stopping_ends_it_and_what_it_has_started(tmp_path: Path) -> None:
 
 def test_stopping_ends_children_that_outlived_it(tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    process = AheadCompiler(["bash", "-c", f"sleep 1000 & echo $! > {note}"])
+    process = AheadProcess(["bash", "-c", f"sleep 1000 & echo $! > {note}"])
     until(lambda: note.exists() and note.read_text() != "")
     process.stop()
     until(lambda: not is_alive(int(note.read_text())))
@@ -86,12 +98,12 @@ def test_stopping_ends_children_that_outlived_it(tmp_path: Path) -> None:
 
 def test_only_a_failure_is_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    fine = AheadCompiler(["bash", "-c", "echo chatter >&2"])
+    fine = AheadProcess(["bash", "-c", "echo chatter >&2"])
     until(lambda: not fine.is_running)
     assert not caplog.records
-    failing = AheadCompiler(["bash", "-c", "echo no compiler >&2; exit 3"])
+    failing = AheadProcess(["bash", "-c", "echo no compiler >&2; exit 3"])
     until(lambda: not failing.is_running)
-    absent = AheadCompiler(["/nowhere/python"])
+    absent = AheadProcess(["/nowhere/python"])
     assert not absent.is_running
     absent.stop()
     first, second = (record.getMessage() for record in caplog.records)
@@ -102,7 +114,7 @@ def test_only_a_failure_is_told(caplog: pytest.LogCaptureFixture) -> None:
 def test_it_runs_in_its_own_session_and_finds_this_package(tmp_path: Path) -> None:
     note = tmp_path / "note"
     code = f"import os, dist_vlm.version; open({str(note)!r}, 'w').write(str(os.getsid(0)))"
-    process = AheadCompiler([*ahead.command(rank_config())[:1], "-c", code])
+    process = AheadProcess([*ahead.command(rank_config())[:1], "-c", code])
     until(lambda: not process.is_running)
     assert int(note.read_text()) != os.getsid(0)
 
@@ -113,6 +125,8 @@ class TestExecutor:
         if words is not None:
             monkeypatch.setattr(ahead, "is_wanted", lambda config, ray_address: True)
             monkeypatch.setattr(ahead, "command", lambda config: words)
+            monkeypatch.setattr(ahead, "reads", lambda config, ray_address: True)
+            monkeypatch.setattr(ahead, "reading_command", lambda: ["sleep", "1000"])
         return RayExecutor(rank_config(), runner=RUNNER, transport="direct", start_timeout_s=60.0)
 
     def test_none_is_started_for_a_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +150,28 @@ class TestExecutor:
 
     def test_it_ends_with_a_start_that_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
         executor = self.executor(["sleep", "1000"], monkeypatch)
-        made: list[AheadCompiler] = []
+        made: list[AheadProcess] = []
 
-        def make(words: list[str]) -> AheadCompiler:
-            made.append(AheadCompiler(words))
-            return made[0]
+        def make(words: list[str], task: str = "") -> AheadProcess:
+            made.append(AheadProcess(words, task))
+            return made[-1]
 
-        monkeypatch.setattr(ahead, "AheadCompiler", make)
+        monkeypatch.setattr(ahead, "AheadProcess", make)
         monkeypatch.setattr(executor._cluster, "connect", lambda *_, **__: 1 // 0)
         with pytest.raises(Exception, match="ZeroDivisionError"):
             executor.start()
-        assert len(made) == 1 and not made[0].is_running
+        assert len(made) == 2 and not any(process.is_running for process in made)
+
+    def test_reading_ends_with_the_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        executor = self.executor(["true"], monkeypatch)
+        made: list[AheadProcess] = []
+
+        def make(words: list[str], task: str = "") -> AheadProcess:
+            made.append(AheadProcess(words, task))
+            return made[-1]
+
+        monkeypatch.setattr(ahead, "AheadProcess", make)
+        executor.start()
+        reading = made[0]
+        assert reading._process is not None and reading._process.returncode == -signal.SIGKILL
+        executor.shutdown()

@@ -60,7 +60,10 @@ def pair(shared_ray: object, request: pytest.FixtureRequest) -> Iterator[Pair]:
     info = executor.start()
     assert info.num_blocks == 100
     assert [report.num_blocks for report in info.reports] == [100, 110]
-    assert sorted(info.start_seconds) == sorted(["ray", "placement", "actor", "join", "load", "allocate", "transport"])
+    stages = ["ray import", "ray", "placement", "actor", "join", "load", "allocate", "transport"]
+    parts = ["actor: runner", "actor: model", "actor: device"]
+    assert sorted(info.start_seconds) == sorted(stages + parts)
+    assert 0 < sum(info.start_seconds[part] for part in parts) <= info.start_seconds["actor"]
     yield Pair(executor)
     executor.shutdown()
 

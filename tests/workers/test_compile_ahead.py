@@ -23,7 +23,7 @@ from dist_vlm.kernels.compile_only import Launch, launches_told
 from dist_vlm.kernels.linear_triton import linear_triton
 from dist_vlm.workers import compile_ahead
 from dist_vlm.workers.comm import single_rank
-from dist_vlm.workers.compile_ahead import ShapesOnly, compile_all, launches_of, read_ahead
+from dist_vlm.workers.compile_ahead import ShapesOnly, compile_all, launches_of
 from dist_vlm.workers.plan import NewSequence, SamplingRow, Slice, StepPlan
 from dist_vlm.workers.runner import Runner
 
@@ -196,9 +196,3 @@ def test_the_program_compiles_what_its_configuration_launches(
     assert told[0] == 90 and "_prefill_kernel" in {launch.kernel.fn.__name__ for launch in told[1]}
     monkeypatch.setattr(compile_ahead, "compile_all", lambda launches, processes: [])
     assert compile_ahead.main(words) == 0
-
-
-def test_libraries_that_are_mapped_are_read() -> None:
-    (path,) = read_ahead(["libtorch_cpu", "libnowhere"])
-    assert Path(path).name.startswith("libtorch_cpu.so")
-    assert read_ahead(["libnowhere"]) == []

@@ -21,7 +21,24 @@ from dist_vlm.workers.wire import WireError
 from dist_vlm.workers.worker import Worker, _gpu_ordinal
 
 CONFIG = RankConfig(
-    "model", "float32", "cpu", "dummy", 0, 1, 16, 64, 4, 32, 0.9, None, 1, "reference", False, 0, 256, True
+    "model",
+    "float32",
+    "cpu",
+    "dummy",
+    0,
+    1,
+    16,
+    64,
+    4,
+    32,
+    0.9,
+    None,
+    1,
+    "reference",
+    False,
+    0,
+    256,
+    True,
 )
 
 
@@ -82,7 +99,9 @@ def worker(**changes: object) -> Worker:
 
 def test_the_stages_in_order() -> None:
     rank = worker()
+    assert rank.prepare_seconds() == {}
     assert rank.prepare("127.0.0.1", 5.0) == (__version__, 0)
+    assert list(rank.prepare_seconds()) == ["runner", "model", "device"]
     assert wire.decode(LoadReport, rank.load()).num_blocks == 9
     rank.allocate(7)
     assert rank.progress() == -1
