@@ -56,5 +56,5 @@ def test_batches_recorded_ahead_are_not_recorded_again() -> None:
     pixels = torch.randn(2, 3, 4, 4, device=DEVICE)
     torch.testing.assert_close(vision.encode_pixels(pixels), 2 * pixels)
     assert real.calls == ([2, 2, 1, 1] if DEVICE.type == "cuda" else [2, 2, 1, 1, 2])
-    vision.record((1,), shape=(3, 4, 4), dtype=torch.bfloat16)
+    vision.record((1,), shape=(3, 5, 5), dtype=torch.bfloat16)
     assert real.tf32
