@@ -77,16 +77,18 @@ def _on_streams(world_size: int, job: Job, *, capacity: int, looks: int, program
     addresses = [memory.data_ptr() for memory in memories]
     ranks = [_rank(memory, addresses, rank, looks, programs) for rank, memory in enumerate(memories)]
     torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in ranks]
 
     def run_one(rank: Rank) -> Any:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(streams[rank.number]):
             return job(rank)
 
-    # A kernel is loaded when it is first launched, for which the device must be idle: one rank, which waits for nobody
-    # and computes nothing that is read, launches all of them before.
+    # To load a kernel or to allocate memory the device must be idle, which it is not while a rank waits for another. So
+    # each rank does all it will do once alone, waiting for nobody; what it computes means nothing.
     alone = torch.empty(words, dtype=torch.int32, device="cuda")
-    run_one(_rank(alone, [alone.data_ptr()] * world_size, 0, 1, programs))
-    torch.cuda.synchronize()
+    for rank in range(world_size):
+        run_one(_rank(alone, [alone.data_ptr()] * world_size, rank, 1, programs))
+        torch.cuda.synchronize()
     # Threads: a copy from the host waits for the kernels before it, and these for those of the other ranks.
     with ThreadPoolExecutor(world_size) as pool:
         results = list(pool.map(run_one, ranks))
