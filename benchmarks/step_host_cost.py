@@ -263,6 +263,8 @@ def rank_ms(num_sequences: int) -> dict[str, float]:
         num_threads=1,
         kernels="reference",
         share_gpu=False,
+        collectives="group",
+        collectives_table=None,
         seed=0,
         feature_cache_tokens=0,
         vision_data_parallel=False,

@@ -89,6 +89,8 @@ def executor_of(transport: str, ranks: int) -> Executor:
         num_threads=1,
         kernels="reference",
         share_gpu=False,
+        collectives="group",
+        collectives_table=None,
         seed=0,
         feature_cache_tokens=0,
         vision_data_parallel=False,

@@ -184,6 +184,16 @@ class ParallelConfig:
         choices=("auto", "reference", "torch", "cpp", "triton"),
     )
     share_gpu: bool = option("bool", False, help="let several ranks use one GPU, to test the multi-rank path")
+    collectives: str = option(
+        "str",
+        "auto",
+        help="what adds up the ranks' parts (auto: fused kernels over the ranks' memory if they pass the start's test, "
+        "else group; strict: those or no start; group: NCCL or gloo)",
+        choices=("auto", "strict", "group"),
+    )
+    collectives_table: str | None = option(
+        "str", None, help="JSON file of `dist-vlm tune-collectives` (none: the package's table for the GPU)"
+    )
 
     def __post_init__(self) -> None:
         check_section(self, "parallel")

@@ -126,6 +126,5 @@ class Decoder:
         self._slots.all_token_ids[slots, contexts] = likeliest
         out = torch.zeros((1 + len(SLOT_FAILURES), size), dtype=torch.int64, device=self._device)
         out[0] = likeliest
-        out[1 + NOT_FINITE] = ~finite
-        self._comm.all_reduce(out[1:])
+        out[1 + NOT_FINITE] = ~finite  # the same on all ranks, as the logits are
         return out

@@ -175,9 +175,9 @@ class ParallelHead(nn.Module):
         self.weight = tied.weight if tied is not None else place.empty(section.count, hidden_size)
 
     def forward(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        parts = self.comm.all_gather(self._linear(x, self.weight, None))  # [world_size, R, count]
-        logits = parts.transpose(0, 1).flatten(1)[:, : self.section.size]
-        return logits.float() if out is None else out.copy_(logits)
+        if out is None:
+            out = torch.empty((x.shape[0], self.section.size), dtype=torch.float32, device=x.device)
+        return self.comm.gather_columns(self._linear(x, self.weight, None), out)
 
     def load(self, source: WeightSource, names: Sequence[str]) -> None:
         _load_vocabulary(self.weight, self.section, source, names)

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from dist_vlm.kernels.all_reduce.peer_buffers import PEER_CAPACITY, memory_bytes
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.models.spec import ModelSpec
 from dist_vlm.workers.recorded_vision import MAX_IMAGES
@@ -104,5 +105,7 @@ def kv_cache_bytes(
     arena = activation_bytes(spec, config, dtype) + image_bytes(spec, config, dtype) + workspace_bytes
     if is_recorded:
         arena += recorded_bytes(spec, config, dtype)
+    if config.world_size > 1 and config.collectives != "group":
+        arena += memory_bytes(PEER_CAPACITY)
     ranks_on_gpu = config.world_size if config.share_gpu else 1
     return int(total * config.gpu_memory_utilization) // ranks_on_gpu - held - arena

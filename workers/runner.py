@@ -12,6 +12,7 @@ import torch
 
 from dist_vlm.kernels.choice import choose
 from dist_vlm.kernels.upload import upload
+from dist_vlm.workers.certificate import Certificate
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.computed import NOT_FINITE, SLOT_FAILURES, UNPACKABLE, UNSAMPLED, Computed, LaunchedStep
 from dist_vlm.workers.config import LoadReport, RankConfig
@@ -19,6 +20,7 @@ from dist_vlm.workers.decode import Decoded, Decoder
 from dist_vlm.workers.kv_cache import KVCache, block_bytes
 from dist_vlm.workers.memory import encoder_batch_images, kv_cache_bytes
 from dist_vlm.workers.models import get_family, read_spec
+from dist_vlm.workers.open_collectives import settle
 from dist_vlm.workers.pack import Layout, PromptRows, lay_out, pack
 from dist_vlm.workers.peak_memory import PeakMemory
 from dist_vlm.workers.pending import FinishedStep, PendingStep
@@ -74,6 +76,7 @@ class Runner:
     def load(self) -> LoadReport:
         """Builds the shard and the vision encoder and fills them. Raises `CheckpointError` on a bad checkpoint."""
         self.preload(self.config)
+        self._certify()
         began, peak = time.perf_counter_ns(), PeakMemory(self.device)
         self.language = self.family.build_language(
             self.spec, comm=self.comm, ops=self.ops, dtype=self.dtype, device=self.device
@@ -105,11 +108,26 @@ class Runner:
             peak_load_bytes=peak_bytes,
             kv_block_bytes=per_block,
             num_blocks=self._kv_cache_bytes() // per_block,
-            kernels=self.ops.names,
+            kernels=self.ops.names | {"all_reduce": self.comm.name},
             load_us=(time.perf_counter_ns() - began) // 1000,
         )
         _log.info("rank %d: %s", self.config.rank, report)
         return report
+
+    def _certify(self) -> None:
+        """Lets go of collectives that do not add up. Raises `CollectiveError` where no others are wanted."""
+        opened = self.comm.collectives
+        if opened is None:
+            return
+        certificate = Certificate(
+            self.comm,
+            hidden_size=self.spec.hidden_size,
+            max_rows=self.config.max_num_batched_tokens,
+            columns=-(-self.spec.vocab_size // self.comm.world_size),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        settle(self.config, self.comm, opened, certificate.fault())
 
     def _kv_cache_bytes(self) -> int:
         workspace, is_recorded = self.ops.workspace_bytes, self.ops.recorded is not None

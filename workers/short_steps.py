@@ -175,5 +175,6 @@ class ShortSteps:
         table[0] = likeliest
         table[1 + UNPACKABLE] = unpackable
         table[1 + NOT_FINITE] = ~finite & (sampled_slots != self._slots.idle_slot)
-        self._comm.all_reduce(table[1:])
+        if self._comm.world_size > 1:
+            table[1:] = self._comm.all_reduce(table[1:].float())
         return table

@@ -116,6 +116,9 @@ class Worker:
                 timeout_s=timeout_s,
                 host=host,
             )
+            from dist_vlm.workers.open_collectives import open_collectives
+
+            open_collectives(config, self._comm, self._store, timeout_s=timeout_s)
 
     def load(self) -> bytes:
         """Builds the runner and loads the model. Returns an encoded `LoadReport`."""
@@ -173,6 +176,8 @@ class Worker:
             while self._pending and (len(self._pending) > num_left or self._pending[0].ready()):
                 results.append(self._pending.popleft().result())
                 self._last_step = results[-1].step_id
+            if self._comm is not None:
+                self._comm.check()
             return wire.encode(FinishedSteps(tuple(results)))
 
     def serve(self, path: str, token: str) -> None:

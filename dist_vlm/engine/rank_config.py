@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from dist_vlm.config import EngineConfig
+from dist_vlm.config import ConfigError, EngineConfig
 from dist_vlm.engine.feature_budget import ITEM_BYTES, feature_budget
 from dist_vlm.executor import make_executor
 from dist_vlm.executor.base import Executor
+from dist_vlm.kernels.all_reduce.rules import RulesError, parse_table
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.models import ModelSpec, read_spec
 
@@ -49,6 +51,8 @@ def rank_config(config: EngineConfig, spec: ModelSpec) -> RankConfig:
         num_threads=_num_threads(config),
         kernels=parallel.kernels,
         share_gpu=parallel.share_gpu,
+        collectives=parallel.collectives,
+        collectives_table=_collectives_table(config),
         seed=config.model.seed,
         feature_cache_tokens=feature_budget(config, spec).capacity_rows,
         vision_data_parallel=config.vision.vision_data_parallel,
@@ -63,6 +67,22 @@ def _kv_cache_bytes(config: EngineConfig, spec: ModelSpec) -> int | None:
         row_bytes = kv_heads * spec.head_dim * ITEM_BYTES[config.model.dtype]
         return num_blocks * 2 * spec.num_layers * config.cache.block_size * row_bytes
     return None if gib is None else int(gib * _GIB)
+
+
+def _collectives_table(config: EngineConfig) -> str | None:
+    """The file's text, read and checked where the driver is. Raises `ConfigError`."""
+    path = config.parallel.collectives_table
+    if path is None:
+        return None
+    field = "parallel.collectives_table"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        parse_table(text, config.parallel.tensor_parallel_size, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"must be a file that can be read: {error}", field=field, value=path) from None
+    except RulesError as error:
+        raise ConfigError(f"must be a table for these ranks: {error}", field=field, value=path) from None
+    return text
 
 
 def _num_threads(config: EngineConfig) -> int:

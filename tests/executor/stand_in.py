@@ -46,6 +46,8 @@ def rank_config(world_size: int = 1, model: dict[str, Any] | None = None, **chan
         "num_threads": 1,
         "kernels": "reference",
         "share_gpu": False,
+        "collectives": "group",
+        "collectives_table": None,
         "seed": 0,
         "feature_cache_tokens": 256,
         "vision_data_parallel": True,

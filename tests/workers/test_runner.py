@@ -25,7 +25,8 @@ def rank_config(model: Path, **changes: object) -> RankConfig:
         "model": str(model), "dtype": "float32", "device": "cpu", "load_format": "safetensors", "rank": 0,
         "world_size": 1, "block_size": 16, "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 64,
         "gpu_memory_utilization": 0.9, "kv_cache_bytes": 1 << 20, "num_threads": 1, "kernels": "torch",
-        "share_gpu": False, "seed": 0, "feature_cache_tokens": 256, "vision_data_parallel": True,
+        "share_gpu": False, "collectives": "group",
+        "collectives_table": None, "seed": 0, "feature_cache_tokens": 256, "vision_data_parallel": True,
     }  # fmt: skip
     return RankConfig(**(values | changes))
 

@@ -68,7 +68,26 @@ def test_results_come_back_equal(result: StepResult) -> None:
 @pytest.mark.parametrize("kv_cache_bytes", [None, 1 << 40])
 def test_configs_and_reports_come_back_equal(kv_cache_bytes: int | None) -> None:
     config = RankConfig(
-        "/m", "float32", "cpu", "dummy", 1, 2, 16, 64, 4, 32, 0.9, kv_cache_bytes, 1, "reference", False, 0, 256, True
+        "/m",
+        "float32",
+        "cpu",
+        "dummy",
+        1,
+        2,
+        16,
+        64,
+        4,
+        32,
+        0.9,
+        kv_cache_bytes,
+        1,
+        "reference",
+        False,
+        "auto",
+        "{}",
+        0,
+        256,
+        True,
     )
     assert decode(RankConfig, encode(config)) == config
     report = LoadReport(0, 1, 2, 3, 4, 5, 6, {"norm": "reference"}, 7)

@@ -36,6 +36,8 @@ CONFIG = RankConfig(
     1,
     "reference",
     False,
+    "group",
+    None,
     0,
     256,
     True,

@@ -158,6 +158,5 @@ class LlamaLanguageModel(LanguageModel):
         return partial
 
     def _reduce(self, partial: Tensor, residual: Tensor | None, norm: NormWeight) -> tuple[Tensor, Tensor]:
-        return self.ops.reduce_add_norm(
-            partial, residual, norm.weight, eps=self.facts.rms_norm_eps, all_reduce=self.comm.all_reduce
-        )
+        eps, op = self.facts.rms_norm_eps, self.ops.reduce_add_norm
+        return self.comm.reduce_add_norm(partial, residual, norm.weight, eps=eps, op=op)

@@ -1,0 +1,175 @@
+"""What the collectives of a launch must show before they are used.
+
+Every way is run at both ends of each range of sizes it is chosen for, at once and in a recording. On small whole
+numbers, whose sum is exact in every dtype, each rank must get that sum; on random ones all ranks the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dist_vlm.kernels.reduce_add_norm import reduce_add_norm_reference
+from dist_vlm.workers.comm import Communicator
+from dist_vlm.workers.failure import describe
+from dist_vlm.workers.graph import Recording
+
+_EPS = 1e-5
+# Of the norm: two roundings to the dtype.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+
+_log = logging.getLogger(__name__)
+
+
+class Certificate:
+    """comm: with the collectives under test. hidden_size: numbers of a row; max_rows: of the launch's largest step;
+    columns: of a rank's part of the logits."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        *,
+        hidden_size: int,
+        max_rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._comm = comm
+        self._hidden_size = hidden_size
+        self._max_rows = max_rows
+        self._columns = columns
+        self._dtype = dtype
+        self._device = device
+
+    @torch.inference_mode()
+    def fault(self) -> str | None:
+        """Why this rank does not trust the collectives, None where it does. Every rank calls it, and the same calls are
+        made on each whatever goes wrong."""
+        began = time.perf_counter()
+        found: list[str] = []
+        for name, rows, check in self._checks():
+            try:
+                wrong = check()
+            except Exception as error:
+                _log.exception("certificate: %s of %d rows", name, rows)
+                wrong = describe(error)
+            if wrong is not None:
+                found.append(f"{name} of {rows} rows: {wrong}")
+        if not found:
+            _log.info("the collectives have passed in %.2f s", time.perf_counter() - began)
+        return found[0] if found else None
+
+    def _checks(self) -> Iterator[tuple[str, int, Callable[[], str | None]]]:
+        for rows in self._row_counts("reduce_add_norm", self._hidden_size):
+            yield "reduce_add_norm", rows, partial(self._reduce_add_norm, rows)
+        for rows in self._row_counts("all_reduce", self._hidden_size):
+            yield "all_reduce", rows, partial(self._all_reduce, rows)
+        for rows in self._row_counts("all_gather", self._columns):
+            yield "all_gather", rows, partial(self._all_gather, rows)
+
+    def _row_counts(self, op: str, width: int) -> list[int]:
+        """Rows at which the way changes, and the next more; the fewest and the most."""
+        assert self._comm.collectives is not None
+        row_bytes = width * self._dtype.itemsize
+        ends = [size // row_bytes for size in self._comm.collectives.edges(op)]
+        wanted = {1, 3, self._max_rows, *ends, *(end + 1 for end in ends)}
+        return sorted(rows for rows in wanted if 1 <= rows <= self._max_rows)
+
+    def _reduce_add_norm(self, rows: int) -> str | None:
+        weight = torch.linspace(0.5, 2.0, self._hidden_size, device=self._device).to(self._dtype)
+
+        def work(part: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            return self._comm.reduce_add_norm(
+                part.clone(), residual.clone(), weight, eps=_EPS, op=reduce_add_norm_reference
+            )
+
+        def expected(parts: list[Tensor], residual: Tensor) -> tuple[Tensor, Tensor]:
+            total = sum(parts[1:], parts[0])
+            return reduce_add_norm_reference(total, residual, weight, eps=_EPS, all_reduce=lambda tensor: tensor)
+
+        return self._run(rows, self._hidden_size, work, expected)
+
+    def _all_reduce(self, rows: int) -> str | None:
+        def work(part: Tensor, _: Tensor) -> tuple[Tensor]:
+            return (self._comm.all_reduce(part.clone()),)
+
+        return self._run(rows, self._hidden_size, work, lambda parts, _: (sum(parts[1:], parts[0]),))
+
+    def _all_gather(self, rows: int) -> str | None:
+        width = self._columns * self._comm.world_size
+
+        def work(part: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            out = torch.empty((rows, width), dtype=torch.float32, device=self._device)
+            return self._comm.all_gather(part), self._comm.gather_columns(part, out)
+
+        def expected(parts: list[Tensor], _: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.stack(parts), torch.cat(parts, dim=1).float()
+
+        return self._run(rows, self._columns, work, expected)
+
+    def _run(
+        self,
+        rows: int,
+        width: int,
+        work: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        expected: Callable[[list[Tensor], Tensor], tuple[Tensor, ...]],
+    ) -> str | None:
+        """The first fault of: whole numbers, the same in a recording with other numbers, and random numbers."""
+        part = torch.empty((rows, width), dtype=self._dtype, device=self._device)
+        residual = self._whole_numbers(rows, width, 99)
+
+        def ask(call: Callable[[], tuple[Tensor, ...]], shift: int) -> str | None:
+            parts = [self._whole_numbers(rows, width, rank + shift) for rank in range(self._comm.world_size)]
+            part.copy_(parts[self._comm.rank])
+            got = call()
+            self._wait()
+            return self._difference(got, expected(parts, residual))
+
+        faults = [ask(lambda: work(part, residual), 0)]
+        if self._device.type == "cuda":
+            recording = Recording(lambda: work(part, residual), device=self._device, count=self._comm.count)
+            faults += [ask(recording.replay, shift) for shift in (17, 40)]
+        generator = torch.Generator().manual_seed(self._comm.rank)
+        part.copy_(torch.randn(rows, width, generator=generator))
+        faults.append(self._disagreement(work(part, residual)))
+        return next((fault for fault in faults if fault is not None), None)
+
+    def _whole_numbers(self, rows: int, width: int, seed: int) -> Tensor:
+        """From -4 to 4: of eight ranks and a residual the sum is at most 36, and exact in every dtype."""
+        places = torch.arange(rows * width, device=self._device).view(rows, width)
+        return ((places * 7 + places // width * 3 + seed * 5) % 9 - 4).to(self._dtype)
+
+    def _difference(self, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> str | None:
+        if len(got) == 2 and got[0].shape == got[1].shape == wanted[0].shape:  # normed, summed
+            close = torch.isclose(got[0].float(), wanted[0].float(), rtol=_TOLERANCE[self._dtype], atol=1e-6)
+            if not bool(close.all()):
+                return f"{int((~close).sum())} of {close.numel()} numbers of the norm are wrong"
+            got, wanted = got[1:], wanted[1:]
+        for have, want in zip(got, wanted, strict=True):
+            if not torch.equal(have, want):
+                return f"{int((have != want).sum())} of {want.numel()} numbers are wrong"
+        return None
+
+    def _disagreement(self, got: tuple[Tensor, ...]) -> str | None:
+        """Compares all ranks' bits, by sums weighted with their places."""
+        self._wait()
+        sums = torch.stack([_digest(tensor) for tensor in got])
+        others = self._comm.gather_on_host(sums.cpu())
+        different = [rank for rank in range(self._comm.world_size) if not torch.equal(others[rank], others[0])]
+        return None if not different else f"ranks {', '.join(map(str, different))} have other bits than rank 0"
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._comm.check()
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    bits = tensor.contiguous().view(torch.int32 if tensor.itemsize == 4 else torch.int16).flatten().to(torch.int64)
+    return (bits * (torch.arange(bits.shape[0], device=bits.device) * 2 + 1)).sum()
