@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dist_vlm.command_line import Parser, run_command
-from dist_vlm.launch import bench, check, config_show, generate, info, restart, serve, submit
+from dist_vlm.launch import bench, check, config_show, generate, info, restart, serve, submit, tune_collectives
 from dist_vlm.version import __version__
 
-COMMANDS = (serve, restart, submit, generate, check, bench, info, config_show)
+COMMANDS = (serve, restart, submit, generate, check, bench, tune_collectives, info, config_show)
 
 
 def build_parser() -> Parser:
