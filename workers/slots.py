@@ -57,7 +57,8 @@ class SlotTable:
         self.block_ids = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int64)
         shape = (num_slots + 1, self.block_ids.shape[1])
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._appended: list[tuple[int, int, int]] = []
+        # By place: a slot may be taken anew before its blocks go up, and of two writes to one place a GPU may keep either.
+        self._appended: dict[tuple[int, int], int] = {}
         self.num_prompt_tokens = [0] * num_slots
         self._num_blocks = [0] * num_slots
         self._sequences: list[Sequence | None] = [None] * num_slots
@@ -92,7 +93,7 @@ class SlotTable:
             begin, end = end, end + len(block_ids)
             self.block_ids[slot, begin:end] = block_ids
             self._num_blocks[slot] = end
-            self._appended += [(slot, begin + index, block) for index, block in enumerate(block_ids)]
+            self._appended.update(((slot, begin + index), block) for index, block in enumerate(block_ids))
         if end * self.block_size < start + count:
             raise RuntimeError(f"slot {slot}: {end} blocks do not cover {start + count} positions")
 
@@ -105,6 +106,7 @@ class SlotTable:
         """Brings `block_tables` up to date."""
         if not self._appended:
             return
-        slots, places, blocks = upload(self._appended, torch.int64, self.block_tables.device).T
+        rows = [(slot, place, block) for (slot, place), block in self._appended.items()]
+        slots, places, blocks = upload(rows, torch.int64, self.block_tables.device).T
         self.block_tables[slots, places] = blocks.to(torch.int32)
         self._appended.clear()

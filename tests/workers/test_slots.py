@@ -44,3 +44,27 @@ def test_sampled_tokens_land_at_their_positions_and_past_the_end_nowhere():
     slots = table(max_model_len=4)
     slots.write_sampled([0, 2], [3, 4], torch.tensor([8, 9]))
     assert slots.token_ids.tolist() == [[0, 0, 0, 8], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_a_slot_taken_anew_before_its_blocks_go_up_has_its_own_blocks(monkeypatch):
+    """A step that is not recorded brings none up, so a slot may have had several sequences since the last one did."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    slots = table(num_slots=64, max_model_len=512, device=device)
+    for turn in range(5):
+        for slot in range(64):
+            slots.take(sequence(slot, [1]))
+            slots.append_blocks(Slice(slot, 0, 1, tuple(range(100 * turn + slot, 100 * turn + slot + 60)), True))
+            if turn < 4:
+                slots.release(slot)
+    written = []
+
+    def upload(rows, dtype, device):
+        written.extend((slot, place) for slot, place, _ in rows)
+        return torch.tensor(rows, dtype=dtype, device=device)
+
+    monkeypatch.setattr("dist_vlm.workers.slots.upload", upload)
+    slots.upload_blocks()
+    assert len(set(written)) == len(written) == 64 * 60, "of two writes to one place a GPU may keep either"
+    assert slots.block_tables[:64, :60].cpu().tolist() == [list(range(400 + slot, 460 + slot)) for slot in range(64)]
+    slots.upload_blocks()
+    assert len(written) == 64 * 60, "what went up is not sent again"
