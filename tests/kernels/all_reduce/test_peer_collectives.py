@@ -37,7 +37,7 @@ def test_the_sum_has_the_bits_of_one_taken_in_rank_order(world_size, shots) -> N
         sums = []
         for shape, dtype in cases:
             rank.nap(300)
-            part = part_of(rank.number, shape, dtype).to(rank.device)
+            part = rank.put(part_of(rank.number, shape, dtype))
             assert rank.collectives.all_reduce(part, shots=shots) is part
             sums.append(part)
         return [*sums, rank.collectives.buffers.missing_ranks]
@@ -61,8 +61,8 @@ def test_fused_with_residual_and_norm(world_size, shots, with_residual) -> None:
     def job(rank):
         found = []
         for shape, dtype in cases:
-            residual, weight = (None if x is None else x.to(rank.device) for x in inputs(shape, dtype))
-            part = part_of(rank.number, shape, dtype).to(rank.device)
+            residual, weight = (None if x is None else rank.put(x) for x in inputs(shape, dtype))
+            part = rank.put(part_of(rank.number, shape, dtype))
             rank.nap(300)
             found += rank.collectives.reduce_add_norm(part, residual, weight, eps=EPS, shots=shots)
         return found
@@ -86,13 +86,13 @@ def test_gathered_parts_and_columns(world_size) -> None:
     def job(rank):
         found = []
         for shape in shapes:
-            part = part_of(rank.number, shape, torch.float16).to(rank.device)
+            part = rank.put(part_of(rank.number, shape, torch.float16))
             found.append(rank.collectives.all_gather(part))
             wide = torch.full((shape[0], world_size * shape[1] + 2), -7.0, device=rank.device)
             width = world_size * shape[1] - shape[1] // 3
             rank.collectives.all_gather(part, out=wide[:, :width])
             found.append(wide)
-        found.append(rank.collectives.all_gather(part_of(rank.number, (40, 3), torch.float32).to(rank.device).T))
+        found.append(rank.collectives.all_gather(rank.put(part_of(rank.number, (40, 3), torch.float32)).T))
         return found
 
     for answers in run(world_size, job):
@@ -110,7 +110,7 @@ def test_what_does_not_fit_the_buffers_goes_in_pieces() -> None:
     shape = (50, 700)
 
     def job(rank):
-        part = part_of(rank.number, shape, torch.float32).to(rank.device)
+        part = rank.put(part_of(rank.number, shape, torch.float32))
         weight = torch.ones(700, device=rank.device)
         one = rank.collectives.all_reduce(part.clone(), shots=1)
         two = rank.collectives.all_reduce(part.clone(), shots=2)
@@ -131,7 +131,7 @@ def test_numbers_that_look_like_an_empty_place() -> None:
     strange = torch.tensor([-0x7FFF8000] * 5 + [-0x80000000], dtype=torch.int32).view(torch.float32)
 
     def job(rank):
-        floats, halves = strange.to(rank.device), torch.full((40,), -0.0, dtype=torch.float16, device=rank.device)
+        floats, halves = rank.put(strange), torch.full((40,), -0.0, dtype=torch.float16, device=rank.device)
         return [rank.collectives.all_reduce(x.clone(), shots=s) for x in (floats, halves) for s in (1, 2)]
 
     for answers in run(2, job):
@@ -142,7 +142,7 @@ def test_infinities_and_nan_arrive() -> None:
     values = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0])
 
     def job(rank):
-        part = values.to(rank.device) if rank.number == 0 else torch.ones(4, device=rank.device)
+        part = rank.put(values) if rank.number == 0 else torch.ones(4, device=rank.device)
         return rank.collectives.all_reduce(part, shots=1)
 
     for answer in run(2, job):

@@ -32,10 +32,15 @@ DEADLINE_S = 200
 
 @dataclass
 class Rank:
-    """What a job of a rank works with. `nap` lets it be late, by up to so many microseconds."""
+    """What a job of a rank works with.
+
+    inputs: what the job has put on the device, in the order of its calls, where it has run before.
+    """
 
     collectives: PeerCollectives
     generator: torch.Generator
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    num_put: int = 0
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -46,7 +51,18 @@ class Rank:
     def device(self) -> torch.device:
         return self.collectives.buffers.device
 
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the device. A GPU may be asked for one from the host only before any rank waits for another: until
+        it is made, no other rank of the process gets to launch anything."""
+        if self.device.type == "cpu":
+            return tensor.clone()
+        if self.num_put == len(self.inputs):
+            self.inputs.append(tensor.to(self.device))
+        self.num_put += 1
+        return self.inputs[self.num_put - 1].clone()
+
     def nap(self, most_us: int) -> None:
+        """Lets the rank be late, by up to so many microseconds."""
         amount = int(torch.randint(most_us + 1, (1,), generator=self.generator))
         if self.device.type == "cuda":
             torch.cuda._sleep(amount * 1500)
@@ -86,8 +102,10 @@ def _on_streams(world_size: int, job: Job, *, capacity: int, looks: int, program
     # To load a kernel or to allocate memory the device must be idle, which it is not while a rank waits for another. So
     # each rank does all it will do once alone, waiting for nobody; what it computes means nothing.
     alone = torch.empty(words, dtype=torch.int32, device="cuda")
-    for rank in range(world_size):
-        run_one(_rank(alone, [alone.data_ptr()] * world_size, rank, 1, programs))
+    for rank in ranks:
+        rehearsing = _rank(alone, [alone.data_ptr()] * world_size, rank.number, 1, programs)
+        rehearsing.inputs = rank.inputs
+        run_one(rehearsing)
         torch.cuda.synchronize()
     # Threads: a copy from the host waits for the kernels before it, and these for those of the other ranks.
     with ThreadPoolExecutor(world_size) as pool:
