@@ -20,6 +20,8 @@ from dist_vlm.workers.failure import describe
 from dist_vlm.workers.graph import Recording
 
 _EPS = 1e-5
+# Tensors that a collective returns, at most.
+_MOST_RESULTS = 2
 # Of the norm: two roundings to the dtype.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
@@ -131,13 +133,17 @@ class Certificate:
             self._wait()
             return self._difference(got, expected(parts, residual))
 
-        faults = [ask(lambda: work(part, residual), 0)]
-        if self._device.type == "cuda":
+        def ask_recorded() -> str | None:
             recording = Recording(lambda: work(part, residual), device=self._device, count=self._comm.count)
-            faults += [ask(recording.replay, shift) for shift in (17, 40)]
+            faults = [ask(recording.replay, shift) for shift in (17, 40)]
+            return faults[0] or faults[1]
+
+        faults = [_tried(lambda: ask(lambda: work(part, residual), 0))]
+        if self._device.type == "cuda":
+            faults.append(_tried(ask_recorded))
         generator = torch.Generator().manual_seed(self._comm.rank)
         part.copy_(torch.randn(rows, width, generator=generator))
-        faults.append(self._disagreement(work(part, residual)))
+        faults.append(self._disagreement(lambda: work(part, residual)))
         return next((fault for fault in faults if fault is not None), None)
 
     def _whole_numbers(self, rows: int, width: int, seed: int) -> Tensor:
@@ -156,18 +162,37 @@ class Certificate:
                 return f"{int((have != want).sum())} of {want.numel()} numbers are wrong"
         return None
 
-    def _disagreement(self, got: tuple[Tensor, ...]) -> str | None:
-        """Compares all ranks' bits, by sums weighted with their places."""
-        self._wait()
-        sums = torch.stack([_digest(tensor) for tensor in got])
-        others = self._comm.gather_on_host(sums.cpu())
+    def _disagreement(self, call: Callable[[], tuple[Tensor, ...]]) -> str | None:
+        """Compares all ranks' bits, by sums weighted with their places. A rank whose call fails is compared too: the
+        others wait for it."""
+        sums = torch.zeros(_MOST_RESULTS, dtype=torch.int64)
+
+        def work() -> None:
+            got = call()
+            self._wait()
+            for place, tensor in enumerate(got):
+                sums[place] = _digest(tensor)
+
+        fault = _tried(work)
+        others = self._comm.gather_on_host(sums)
         different = [rank for rank in range(self._comm.world_size) if not torch.equal(others[rank], others[0])]
-        return None if not different else f"ranks {', '.join(map(str, different))} have other bits than rank 0"
+        if fault is None and different:
+            fault = f"ranks {', '.join(map(str, different))} have other bits than rank 0"
+        return fault
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._comm.check()
+
+
+def _tried(check: Callable[[], str | None]) -> str | None:
+    """An exception is a fault like another: the ranks stay in step."""
+    try:
+        return check()
+    except Exception as error:
+        _log.exception("certificate")
+        return describe(error)
 
 
 def _digest(tensor: Tensor) -> Tensor:

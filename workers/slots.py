@@ -57,7 +57,7 @@ class SlotTable:
         self.block_ids = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int64)
         shape = (num_slots + 1, self.block_ids.shape[1])
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
-        # By place: a slot may be taken anew before its blocks go up, and of two writes to one place a GPU may keep either.
+        # By place: a slot may be taken anew before its blocks go up, and of two writes to one place a GPU keeps either.
         self._appended: dict[tuple[int, int], int] = {}
         self.num_prompt_tokens = [0] * num_slots
         self._num_blocks = [0] * num_slots

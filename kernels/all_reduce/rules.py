@@ -20,7 +20,8 @@ class RulesError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """up_to_bytes: None for any number. fused: whether residual and norm are part of the collective's kernel."""
+    """up_to_bytes: None for any number. fused: whether residual and norm are part of the collective's kernel; where
+    they are not, a reduce_add_norm leaves the way of its sum to the rules of all_reduce."""
 
     up_to_bytes: int | None
     path: str
