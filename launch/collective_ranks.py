@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import select
 import subprocess
 import sys
 import tempfile
 from typing import IO, Any
 
 from dist_vlm.launch.collective_rank import RankJob
+
+# What a rank takes to end once rank 0 has.
+_EXIT_S = 60.0
 
 
 class MeasureError(RuntimeError):
@@ -35,19 +39,20 @@ def measure(
         ranks = [_start(first, errors)]
         try:
             assert ranks[0].stdout is not None
-            port = ranks[0].stdout.readline().strip()
+            told, _, _ = select.select([ranks[0].stdout], [], [], timeout_s)
+            port = ranks[0].stdout.readline().strip() if told else ""
             if not port.isdigit():
                 raise MeasureError(_said(errors))
             for rank in range(1, world_size):
                 ranks.append(_start(dataclasses.replace(first, rank=rank, port=int(port)), errors))
             out, _ = ranks[0].communicate(timeout=timeout_s)
-            codes = [process.wait(timeout=60) for process in ranks]
+            codes = [process.wait(timeout=_EXIT_S) for process in ranks]
             if any(codes):
                 raise MeasureError(f"exit statuses {codes}: {_said(errors)}")
             found: dict[str, Any] = json.loads(out.splitlines()[-1])
             return found
-        except subprocess.TimeoutExpired:
-            raise MeasureError(f"not done within {timeout_s:g} s: {_said(errors)}") from None
+        except subprocess.TimeoutExpired as error:
+            raise MeasureError(f"not done within {error.timeout:g} s: {_said(errors)}") from None
         finally:
             for process in ranks:
                 process.kill()

@@ -71,11 +71,29 @@ def check(arguments: argparse.Namespace) -> None:
             raise ConfigError("must be at least 1", field=name, value=getattr(arguments, name))
     if not os.path.isdir(os.path.dirname(arguments.out) or ".") or os.path.isdir(arguments.out):
         raise ConfigError("must be a file in an existing directory", field="out", value=arguments.out)
+    table = read_table(Path(arguments.out))
+    if table and table.get("device") != torch.cuda.get_device_name():
+        device = table.get("device")
+        problem = f"has the ranks of another device, {device!r}; this machine's is {torch.cuda.get_device_name()!r}"
+        raise ConfigError(problem, field="out", value=arguments.out)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What is there to be added to, empty where there is no file. Raises `ConfigError` for what is no table."""
+    if not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"is there, and must be a table: {error}", field="out", value=str(path)) from None
+    if not isinstance(table, dict) or not isinstance(table.get("ranks"), dict):
+        raise ConfigError("is there, and must be a table with ranks", field="out", value=str(path))
+    return table
 
 
 def write_table(path: Path, found: Mapping[str, Any], world_size: int) -> None:
     """Puts the rules for `world_size` ranks into the table at `path`."""
-    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    table = read_table(path)
     rules = {op: table_entry(best_rules(found["times"], op)) for op in OPS}
     ranks = table.get("ranks", {}) | {str(world_size): rules}
     table = {"device": found["device"], "ranks": dict(sorted(ranks.items(), key=lambda item: int(item[0])))}
@@ -83,7 +101,7 @@ def write_table(path: Path, found: Mapping[str, Any], world_size: int) -> None:
 
 
 def best_rules(times: Sequence[Mapping[str, Any]], op: str) -> list[Rule]:
-    """The fastest way at each measured size; between two sizes, that of the smaller."""
+    """The fastest way at each measured size; between two sizes, that of the larger."""
     rules: list[Rule] = []
     for record in sorted((record for record in times if record["op"] == op), key=lambda record: record["bytes"]):
         best = record["microseconds"]

@@ -61,6 +61,8 @@ FIELDS = {
         "threads_per_rank",
         "kernels",
         "share_gpu",
+        "collectives",
+        "collectives_table",
     ],
     "scaling": [
         "app_name",
@@ -148,6 +150,8 @@ def test_a_path_object_is_a_path() -> None:
         ("replicas", 0),
         ("num_nodes", 0),
         ("share_gpu", 1),
+        ("collectives", "nccl"),
+        ("collectives_table", 1),
         ("dtype", "float64"),
         ("load_format", "pt"),
         ("max_model_len", 0),
