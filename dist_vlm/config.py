@@ -186,10 +186,10 @@ class ParallelConfig:
     share_gpu: bool = option("bool", False, help="let several ranks use one GPU, to test the multi-rank path")
     collectives: str = option(
         "str",
-        "auto",
-        help="what adds up the ranks' parts (auto: fused kernels over the ranks' memory if they pass the start's test, "
-        "else group; strict: those or no start; group: NCCL or gloo)",
-        choices=("auto", "strict", "group"),
+        "fused",
+        help="what adds up the ranks' parts (fused: kernels over the ranks' memory, or group if they fail the start's "
+        "test; strict: those or no start; group: NCCL or gloo)",
+        choices=("fused", "strict", "group"),
     )
     collectives_table: str | None = option(
         "str", None, help="JSON file of `dist-vlm tune-collectives` (none: the package's table for the GPU)"

@@ -270,6 +270,8 @@ FILLED = {
     "threads_per_rank": 3,
     "kernels": "reference",
     "share_gpu": True,
+    "collectives": "strict",
+    "collectives_table": "/t",
     "app_name": "two",
     "max_replicas": 6,
     "target_requests_per_replica": 9,

@@ -23,7 +23,7 @@ class RankConfig:
     num_threads: threads that torch may use on a CPU; 0 leaves torch's own choice.
     kernels: "reference", "torch", "cpp" or "triton".
     share_gpu: whether several ranks share one GPU; their collectives then go through gloo.
-    collectives: "auto" takes the fused ones where they can be used and pass their certificate, "strict" refuses to
+    collectives: "fused" takes the fused ones where they can be used and pass their certificate, "strict" refuses to
         start without them, "group" takes those of the process group.
     collectives_table: JSON that says which of them is used for which size; None takes what comes with the package.
     seed: seeds the weights of `load_format` "dummy".

@@ -28,7 +28,7 @@ VLM_FIELDS = (
 # Accepted with any value: each only tunes machinery that does not exist here, or is on anyway.
 HARMLESS = frozenset(
     {
-        "disable_custom_all_reduce",  # the process group's own all-reduce is the only one so far
+        "disable_custom_all_reduce",  # True also means collectives="group"
         "disable_log_requests",  # no prompt is logged unless log_prompts asks for it
         "disable_sliding_window",  # no served model has one
         "enforce_eager",
@@ -134,6 +134,9 @@ def engine_config(**arguments: Any) -> EngineConfig:
         elif name not in HARMLESS:
             known = sorted({*RULES, *REFUSED, *HARMLESS})
             raise ConfigError(f"unknown argument{nearest(name, known)}", field=name, value=value)
+    if arguments.get("disable_custom_all_reduce") is True and values.setdefault("collectives", "group") != "group":
+        problem = f"contradicts collectives={values['collectives']!r}; give only collectives"
+        raise ConfigError(problem, field="disable_custom_all_reduce", value=True)
     if arguments.get("distributed_executor_backend") == "ray" and values.setdefault("executor", "ray") != "ray":
         problem = f"contradicts executor={values['executor']!r}; give only executor"
         raise ConfigError(problem, field="distributed_executor_backend", value="ray")

@@ -136,7 +136,7 @@ def test_the_offline_example_of_the_time_is_accepted() -> None:
     ("name", "value"),
     [
         ("enforce_eager", True),
-        ("disable_custom_all_reduce", True),
+        ("disable_custom_all_reduce", False),
         ("max_context_len_to_capture", 4096),
         ("max_seq_len_to_capture", 1),
         ("use_v2_block_manager", True),
@@ -184,6 +184,12 @@ def test_what_is_not_served_is_refused_with_what_to_use(name: str, value: Any, i
         engine_config(model="m", **{name: value})
     assert str(caught.value).startswith(f"{name} = {value!r}: is not served")
     assert instead in str(caught.value)
+
+
+def test_without_the_custom_all_reduce_the_group_adds_up() -> None:
+    assert engine_config(model="m", disable_custom_all_reduce=True).parallel.collectives == "group"
+    with pytest.raises(ConfigError, match="disable_custom_all_reduce.*contradicts collectives='strict'"):
+        engine_config(model="m", disable_custom_all_reduce=True, collectives="strict")
 
 
 def test_every_refusal_refuses_something() -> None:

@@ -25,7 +25,7 @@ def told(model: Path, **fields: object) -> RankConfig:
 def test_without_a_table_the_ranks_take_the_package_s(tiny_facts) -> None:
     ranks = told(tiny_facts)
     assert ranks.collectives_table is None
-    assert ranks.collectives == "auto"
+    assert ranks.collectives == "fused"
 
 
 def test_the_ranks_are_told_the_table_s_text(tiny_facts, tmp_path) -> None:

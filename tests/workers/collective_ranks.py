@@ -121,7 +121,7 @@ def run(
 ) -> list[dict[str, Any] | None]:
     """What each rank found, None for one that was killed."""
     ranks: list[subprocess.Popen[str]] = []
-    base = {"device": device, "world_size": world_size, "share_gpu": False, "collectives": "auto", "timeout_s": 20.0,
+    base = {"device": device, "world_size": world_size, "share_gpu": False, "collectives": "fused", "timeout_s": 20.0,
             "rounds": 60, "dtype": "float32", **job}  # fmt: skip
     try:
         for rank in range(world_size):

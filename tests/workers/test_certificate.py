@@ -376,7 +376,7 @@ def settled(mode: str, reasons: list[str | None]) -> tuple[list[HostComm], list[
 
 
 def test_without_a_reason_all_ranks_use_what_they_opened() -> None:
-    comms, opened, errors = settled("auto", [None] * 3)
+    comms, opened, errors = settled("fused", [None] * 3)
     assert errors == [None] * 3
     for comm, collectives in zip(comms, opened, strict=True):
         assert comm.collectives is collectives is not None
@@ -385,7 +385,7 @@ def test_without_a_reason_all_ranks_use_what_they_opened() -> None:
 
 def test_one_rank_s_reason_takes_all_ranks_back_to_the_group(monkeypatch, caplog) -> None:
     monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
-    comms, opened, errors = settled("auto", [None, "no such device", "out of memory"])
+    comms, opened, errors = settled("fused", [None, "no such device", "out of memory"])
     assert errors == [None] * 3
     assert [comm.collectives for comm in comms] == [None] * 3
     assert opened[0] is not None

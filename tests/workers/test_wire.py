@@ -83,7 +83,7 @@ def test_configs_and_reports_come_back_equal(kv_cache_bytes: int | None) -> None
         1,
         "reference",
         False,
-        "auto",
+        "fused",
         "{}",
         0,
         256,

@@ -85,6 +85,8 @@ def parse_args(argv: Sequence[str]) -> dict[str, str]:
             check_flag(name, " ".join(value) if isinstance(value, list) else value)
     if "distributed_executor_backend" in old:
         _agree(flags, "executor", "ray", "distributed_executor_backend")
+    if "disable_custom_all_reduce" in old:
+        _agree(flags, "collectives", "group", "disable_custom_all_reduce")
     if "disable_log_requests" in old:
         _agree(flags, "log_prompts", "false", "disable_log_requests")
     if _NAMES in given:

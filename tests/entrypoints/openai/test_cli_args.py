@@ -66,7 +66,7 @@ FLAGS: list[tuple[str, str | None, str]] = [
     ("--enforce-eager", None, ACCEPTED),
     ("--max-context-len-to-capture", "9", ACCEPTED),
     ("--max-seq-len-to-capture", "9", ACCEPTED),
-    ("--disable-custom-all-reduce", None, ACCEPTED),
+    ("--disable-custom-all-reduce", None, SERVED),
     ("--tokenizer-pool-size", "2", ACCEPTED),
     ("--tokenizer-pool-type", "ray", ACCEPTED),
     ("--tokenizer-pool-extra-config", "{}", ACCEPTED),
