@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 class Certificate:
     """comm: with the collectives under test. hidden_size: numbers of a row; max_rows: of the launch's largest step;
-    columns: of a rank's part of the logits."""
+    columns: of a rank's part of the logits, of which a step has at most max_logits."""
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class Certificate:
         *,
         hidden_size: int,
         max_rows: int,
+        max_logits: int,
         columns: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -45,6 +46,7 @@ class Certificate:
         self._comm = comm
         self._hidden_size = hidden_size
         self._max_rows = max_rows
+        self._max_logits = max_logits
         self._columns = columns
         self._dtype = dtype
         self._device = device
@@ -63,25 +65,27 @@ class Certificate:
                 wrong = describe(error)
             if wrong is not None:
                 found.append(f"{name} of {rows} rows: {wrong}")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # a recording's memory is of no use to anything else
         if not found:
             _log.info("the collectives have passed in %.2f s", time.perf_counter() - began)
         return found[0] if found else None
 
     def _checks(self) -> Iterator[tuple[str, int, Callable[[], str | None]]]:
-        for rows in self._row_counts("reduce_add_norm", self._hidden_size):
+        for rows in self._row_counts("reduce_add_norm", self._hidden_size, self._max_rows):
             yield "reduce_add_norm", rows, partial(self._reduce_add_norm, rows)
-        for rows in self._row_counts("all_reduce", self._hidden_size):
+        for rows in self._row_counts("all_reduce", self._hidden_size, self._max_rows):
             yield "all_reduce", rows, partial(self._all_reduce, rows)
-        for rows in self._row_counts("all_gather", self._columns):
+        for rows in self._row_counts("all_gather", self._columns, self._max_logits):
             yield "all_gather", rows, partial(self._all_gather, rows)
 
-    def _row_counts(self, op: str, width: int) -> list[int]:
+    def _row_counts(self, op: str, width: int, most: int) -> list[int]:
         """Rows at which the way changes, and the next more; the fewest and the most."""
         assert self._comm.collectives is not None
         row_bytes = width * self._dtype.itemsize
         ends = [size // row_bytes for size in self._comm.collectives.edges(op)]
-        wanted = {1, 3, self._max_rows, *ends, *(end + 1 for end in ends)}
-        return sorted(rows for rows in wanted if 1 <= rows <= self._max_rows)
+        wanted = {1, 3, most, *ends, *(end + 1 for end in ends)}
+        return sorted(rows for rows in wanted if 1 <= rows <= most)
 
     def _reduce_add_norm(self, rows: int) -> str | None:
         weight = torch.linspace(0.5, 2.0, self._hidden_size, device=self._device).to(self._dtype)

@@ -123,6 +123,7 @@ class Runner:
             self.comm,
             hidden_size=self.spec.hidden_size,
             max_rows=self.config.max_num_batched_tokens,
+            max_logits=self.config.max_num_seqs,
             columns=-(-self.spec.vocab_size // self.comm.world_size),
             dtype=self.dtype,
             device=self.device,

@@ -100,7 +100,8 @@ def main(job: dict[str, Any]) -> None:
             if job["fault"] == "twice":
                 group.collectives = AddsTwice(opened)
             certificate = Certificate(
-                group, hidden_size=HIDDEN, max_rows=MAX_ROWS, columns=COLUMNS, dtype=getattr(torch, job["dtype"]),
+                group, hidden_size=HIDDEN, max_rows=MAX_ROWS, max_logits=MAX_ROWS, columns=COLUMNS,
+                dtype=getattr(torch, job["dtype"]),
                 device=device,
             )  # fmt: skip
             found["fault"] = certificate.fault()
