@@ -18,10 +18,13 @@ from dist_vlm.kernels.reduce_add_norm import reduce_add_norm_reference
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.failure import describe
 from dist_vlm.workers.graph import Recording
+from dist_vlm.workers.open_collectives import all_reasons
 
 _EPS = 1e-5
 # Tensors that a collective returns, at most.
 _MOST_RESULTS = 2
+# Of a slice or a picture: what ranks tell one another of it goes as float32.
+_NUM_VOTES = 4
 # Of the norm: two roundings to the dtype.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
@@ -30,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 class Certificate:
     """comm: with the collectives under test. hidden_size: numbers of a row; max_rows: of the launch's largest step;
-    columns: of a rank's part of the logits, of which a step has at most max_logits."""
+    columns: of a rank's part of the logits, and max_gathered: rows of so many that are gathered at once, at most."""
 
     def __init__(
         self,
@@ -38,7 +41,7 @@ class Certificate:
         *,
         hidden_size: int,
         max_rows: int,
-        max_logits: int,
+        max_gathered: int,
         columns: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -46,38 +49,45 @@ class Certificate:
         self._comm = comm
         self._hidden_size = hidden_size
         self._max_rows = max_rows
-        self._max_logits = max_logits
+        self._max_gathered = max_gathered
         self._columns = columns
         self._dtype = dtype
         self._device = device
 
     @torch.inference_mode()
     def fault(self) -> str | None:
-        """Why this rank does not trust the collectives, None where it does. Every rank calls it, and the same calls are
-        made on each whatever goes wrong."""
+        """Why this rank does not trust the collectives, None where none has anything against them. Every rank calls it;
+        all stop at the first check that one of them fails."""
         began = time.perf_counter()
-        found: list[str] = []
         for name, rows, check in self._checks():
-            try:
-                wrong = check()
-            except Exception as error:
-                _log.exception("certificate: %s of %d rows", name, rows)
-                wrong = describe(error)
-            if wrong is not None:
-                found.append(f"{name} of {rows} rows: {wrong}")
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # a recording's memory is of no use to anything else
-        if not found:
-            _log.info("the collectives have passed in %.2f s", time.perf_counter() - began)
-        return found[0] if found else None
+            reasons = all_reasons(self._comm, _tried(check))
+            if reasons:
+                rank, reason = next(iter(reasons.items()))
+                own = reasons.get(self._comm.rank, f"rank {rank} found: {reason}")
+                return f"{name} of {rows} rows: {own}"
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()  # a recording's memory is of no use to anything else
+        _log.info("the collectives have passed in %.2f s", time.perf_counter() - began)
+        return None
 
     def _checks(self) -> Iterator[tuple[str, int, Callable[[], str | None]]]:
         for rows in self._row_counts("reduce_add_norm", self._hidden_size, self._max_rows):
             yield "reduce_add_norm", rows, partial(self._reduce_add_norm, rows)
         for rows in self._row_counts("all_reduce", self._hidden_size, self._max_rows):
             yield "all_reduce", rows, partial(self._all_reduce, rows)
-        for rows in self._row_counts("all_gather", self._columns, self._max_logits):
+        for rows in self._row_counts("all_gather", self._columns, self._max_gathered):
             yield "all_gather", rows, partial(self._all_gather, rows)
+        if self._dtype != torch.float32:
+            votes = Certificate(
+                self._comm,
+                hidden_size=_NUM_VOTES,
+                max_rows=self._max_rows,
+                max_gathered=1,
+                columns=1,
+                dtype=torch.float32,
+                device=self._device,
+            )
+            yield "all_reduce in float32", 3, partial(votes._all_reduce, 3)
 
     def _row_counts(self, op: str, width: int, most: int) -> list[int]:
         """Rows at which the way changes, and the next more; the fewest and the most."""
@@ -126,32 +136,48 @@ class Certificate:
         work: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
         expected: Callable[[list[Tensor], Tensor], tuple[Tensor, ...]],
     ) -> str | None:
-        """The first fault of: whole numbers, the same in a recording with other numbers, and random numbers."""
-        part = torch.empty((rows, width), dtype=self._dtype, device=self._device)
-        residual = self._whole_numbers(rows, width, 99)
+        """The first fault of: whole numbers, the same in a recording with other numbers, and random numbers.
 
-        def ask(call: Callable[[], tuple[Tensor, ...]], shift: int) -> str | None:
-            parts = [self._whole_numbers(rows, width, rank + shift) for rank in range(self._comm.world_size)]
-            part.copy_(parts[self._comm.rank])
+        What can fail on one rank alone comes first, and the ranks go on together or not at all.
+        """
+        shifts = (0, 17, 40) if self._device.type == "cuda" else (0,)
+        prepared: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        residual = random = part = torch.empty(0)
+
+        def prepare() -> None:
+            nonlocal part, residual, random
+            residual = self._whole_numbers(rows, width, 99)
+            for shift in shifts:
+                parts = [self._whole_numbers(rows, width, rank + shift) for rank in range(self._comm.world_size)]
+                prepared.append((parts[self._comm.rank], expected(parts, residual)))
+            generator = torch.Generator().manual_seed(self._comm.rank)
+            random = torch.randn(rows, width, generator=generator).to(self._device, self._dtype)
+            part = torch.empty_like(random)
+
+        def ask(call: Callable[[], tuple[Tensor, ...]], turn: int) -> str | None:
+            mine, wanted = prepared[turn]
+            part.copy_(mine)
             got = call()
             self._wait()
-            return self._difference(got, expected(parts, residual))
+            return self._difference(got, wanted)
 
         def ask_recorded() -> str | None:
             recording = Recording(lambda: work(part, residual), device=self._device, count=self._comm.count)
-            faults = [ask(recording.replay, shift) for shift in (17, 40)]
+            faults = [ask(recording.replay, turn) for turn in (1, 2)]
             return faults[0] or faults[1]
 
+        fault = _tried(prepare)
+        if all_reasons(self._comm, fault):
+            return fault
         faults = [_tried(lambda: ask(lambda: work(part, residual), 0))]
         if self._device.type == "cuda":
             faults.append(_tried(ask_recorded))
-        generator = torch.Generator().manual_seed(self._comm.rank)
-        part.copy_(torch.randn(rows, width, generator=generator))
+        part.copy_(random)
         faults.append(self._disagreement(lambda: work(part, residual)))
         return next((fault for fault in faults if fault is not None), None)
 
     def _whole_numbers(self, rows: int, width: int, seed: int) -> Tensor:
-        """From -4 to 4: of eight ranks and a residual the sum is at most 36, and exact in every dtype."""
+        """From -4 to 4: of 32 ranks and a residual the sum is at most 132, and exact in every dtype."""
         places = torch.arange(rows * width, device=self._device).view(rows, width)
         return ((places * 7 + places // width * 3 + seed * 5) % 9 - 4).to(self._dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor
 
 from dist_vlm.kernels.all_reduce.rules import Rules
-
-_log = logging.getLogger(__name__)
 
 
 class CollectiveError(RuntimeError):
@@ -29,7 +26,7 @@ class Collectives(Protocol):
 
     @property
     def is_recordable(self) -> bool:
-        """Whether all calls can be part of a CUDA graph, and none is left to a group that cannot."""
+        """Whether calls with the floats of the kernels can be part of a CUDA graph; others are left to the group."""
         ...
 
     def edges(self, op: str) -> list[int]:

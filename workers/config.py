@@ -22,7 +22,7 @@ class RankConfig:
     kv_cache_bytes: size of this rank's KV cache; None lets a GPU rank compute it from its memory.
     num_threads: threads that torch may use on a CPU; 0 leaves torch's own choice.
     kernels: "reference", "torch", "cpp" or "triton".
-    share_gpu: whether several ranks share one GPU; their collectives then go through gloo.
+    share_gpu: whether several ranks share one GPU; their process group is then one of gloo.
     collectives: "fused" takes the fused ones where they can be used and pass their certificate, "strict" refuses to
         start without them, "group" takes those of the process group.
     collectives_table: JSON that says which of them is used for which size; None takes what comes with the package.

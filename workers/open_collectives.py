@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,32 +19,49 @@ from dist_vlm.workers.failure import describe
 
 # Of what one rank says; more is cut off.
 _REASON_BYTES = 500
-# Looks at a GPU's own memory that take a second at least; most take longer.
-_LOOKS_PER_S = 2_000_000
+# Looks of a reader on a GPU, about.
+_LOOKS_PER_S = 1_000_000
+_MOST_LOOKS = 2**31 - 1
+# What `SharedMemoryGroup` takes at most.
+_LONGEST_WAIT_S = 86400.0
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
 
-def open_collectives(config: RankConfig, comm: Communicator, store: dist.Store, *, timeout_s: float) -> None:
+def open_collectives(config: RankConfig, comm: Communicator, store: dist.Store, *, wait_s: float) -> None:
     """Sets `comm.collectives`, or says in the log why the group's own are used. Every rank calls it.
 
+    wait_s: how long a rank waits for the others to open them, and in a collective. Less than the process group does, in
+        which those that did not get so far are waited for.
     Raises `CollectiveError` instead where `config.collectives` is "strict".
     """
     if config.collectives == "group":
         return
     reason = _obstacle(config)
+    open_together: Callable[[], Collectives] | None = None
     opened: Collectives | None = None
     if reason is None:
-        try:
-            opened = _open(config, comm, store, timeout_s)
-        except Exception as error:
-            _log.exception("rank %d: the collectives cannot be opened", config.rank)
-            reason = describe(error)
+        # What fails on one rank alone fails here, before the others wait for it.
+        open_together, reason = _tried(config, lambda: _prepare(config, comm, store, wait_s))
+    if not all_reasons(comm, reason) and open_together is not None:
+        opened, reason = _tried(config, open_together)
     settle(config, comm, opened, reason)
 
 
+def _tried(config: RankConfig, work: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """What it returns, and None; or None, and why it failed."""
+    try:
+        return work(), None
+    except Exception as error:
+        _log.exception("rank %d: the collectives cannot be opened", config.rank)
+        return None, describe(error)
+
+
 def settle(config: RankConfig, comm: Communicator, opened: Collectives | None, reason: str | None) -> None:
-    """Gives `comm` the collectives `opened` if no rank has a reason against its own; every rank calls it."""
+    """Gives `comm` the collectives `opened` if no rank has a reason against its own; every rank calls it, and none gets
+    them before all have opened theirs."""
     comm.collectives = None
     reasons = all_reasons(comm, reason)
     if not reasons:
@@ -77,35 +95,45 @@ def _obstacle(config: RankConfig) -> str | None:
     return None
 
 
-def _open(config: RankConfig, comm: Communicator, store: dist.Store, timeout_s: float) -> Collectives:
+def _prepare(config: RankConfig, comm: Communicator, store: dist.Store, wait_s: float) -> Callable[[], Collectives]:
+    """What a rank does by itself; the function returned waits for the others."""
     if config.device == "cuda":
-        return _open_peers(config, comm, timeout_s)
+        return _prepare_peers(config, comm, wait_s)
+    from dist_vlm.kernels import cpp_library
     from dist_vlm.kernels.shared_memory import SharedMemoryGroup
 
+    cpp_library.library()
     if config.rank == 0:
         store.set("segment", f"dist-vlm-{uuid.uuid4().hex}")
     name = store.get("segment").decode()
-    segment = SharedMemoryGroup(rank=config.rank, world_size=config.world_size, name=name, timeout_s=timeout_s)
-    return SharedMemoryPath(segment)
+
+    def attach() -> SharedMemoryPath:
+        timeout_s = min(wait_s, _LONGEST_WAIT_S)
+        segment = SharedMemoryGroup(rank=config.rank, world_size=config.world_size, name=name, timeout_s=timeout_s)
+        return SharedMemoryPath(segment)
+
+    return attach
 
 
-def _open_peers(config: RankConfig, comm: Communicator, timeout_s: float) -> PeerPath:
+def _prepare_peers(config: RankConfig, comm: Communicator, wait_s: float) -> Callable[[], PeerPath]:
     from dist_vlm.kernels.all_reduce.peer_collectives import PeerCollectives
-    from dist_vlm.kernels.all_reduce.symmetric_memory import open_buffers
+    from dist_vlm.kernels.all_reduce.symmetric_memory import allocate, share
 
     device = torch.device("cuda", torch.cuda.current_device())
     rules = rules_for(torch.cuda.get_device_name(device), config.world_size, table=config.collectives_table)
     if dist.get_backend(comm.group) != "nccl":
         rules = rules.without_group()
-    group: Any = comm.group
-    buffers = open_buffers(group, device=device, capacity=PEER_CAPACITY, share_gpu=config.share_gpu)
+    memory = allocate(device=device, capacity=PEER_CAPACITY, share_gpu=config.share_gpu)
     # Ranks that share a GPU wait for one another's programs to get a place.
-    share = torch.cuda.get_device_properties(device).multi_processor_count // (2 * config.world_size)
-    peers = PeerCollectives(
-        buffers,
-        max_looks=int(min(timeout_s * _LOOKS_PER_S, 2**31 - 1)),
-        max_programs=share if config.share_gpu else None,
-    )
-    if config.rank == 0:
-        _log.info("collectives over the GPUs' memory, by %s: %s", rules.source, rules)
-    return PeerPath(peers, rules, timeout_s=timeout_s)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    max_programs = processors // (2 * config.world_size) if config.share_gpu else None
+    max_looks = int(min(wait_s * _LOOKS_PER_S, _MOST_LOOKS))
+    group: Any = comm.group
+
+    def rendezvous() -> PeerPath:
+        peers = PeerCollectives(share(memory, group), max_looks=max_looks, max_programs=max_programs)
+        if config.rank == 0:
+            _log.info("collectives over the GPUs' memory, by %s: %s", rules.source, rules)
+        return PeerPath(peers, rules, timeout_s=max_looks / _LOOKS_PER_S)
+
+    return rendezvous

@@ -95,10 +95,11 @@ class Worker:
         """What the parts of `prepare` took: importing the "runner" and the "model", taking the "device"."""
         return dict(self._prepare_seconds)
 
-    def join(self, host: str, port: int, timeout_s: float) -> None:
+    def join(self, host: str, port: int, timeout_s: float, wait_s: float) -> None:
         """Joins the tensor-parallel group whose rendezvous is at host:port; all ranks are on one machine.
 
-        timeout_s: how long to wait for the others, here and in any later collective.
+        timeout_s: how long to wait for the others, here and in any later collective of the process group.
+        wait_s: in any other collective; less than the driver waits for a step, so that a rank that is missed is named.
         """
         config = self._config
         with self._stage_named("join"):
@@ -118,7 +119,7 @@ class Worker:
             )
             from dist_vlm.workers.open_collectives import open_collectives
 
-            open_collectives(config, self._comm, self._store, timeout_s=timeout_s)
+            open_collectives(config, self._comm, self._store, wait_s=wait_s)
 
     def load(self) -> bytes:
         """Builds the runner and loads the model. Returns an encoded `LoadReport`."""
@@ -170,7 +171,7 @@ class Worker:
         with self._stage_named("step"):
             self._enter_thread()
             if plan:
-                self._pending.append(self._runner.launch(wire.decode(StepPlan, plan)))
+                self._pending.append(self._launched(wire.decode(StepPlan, plan)))
             num_left = 1 if plan else 0
             results = []
             while self._pending and (len(self._pending) > num_left or self._pending[0].ready()):
@@ -179,6 +180,15 @@ class Worker:
             if self._comm is not None:
                 self._comm.check()
             return wire.encode(FinishedSteps(tuple(results)))
+
+    def _launched(self, plan: StepPlan) -> PendingStep:
+        try:
+            pending: PendingStep = self._runner.launch(plan)
+        except Exception:
+            if self._comm is not None:
+                self._comm.check()  # what a collective without a rank left behind may be the cause
+            raise
+        return pending
 
     def serve(self, path: str, token: str) -> None:
         """Runs the plans that come through the driver's socket at `path`, until the driver closes it."""

@@ -71,8 +71,9 @@ def _kv_cache_bytes(config: EngineConfig, spec: ModelSpec) -> int | None:
 
 def _collectives_table(config: EngineConfig) -> str | None:
     """The file's text, read and checked where the driver is. Raises `ConfigError`."""
-    path = config.parallel.collectives_table
-    if path is None:
+    parallel = config.parallel
+    path = parallel.collectives_table
+    if path is None or parallel.tensor_parallel_size == 1:  # one rank adds nothing up
         return None
     field = "parallel.collectives_table"
     try:

@@ -46,7 +46,7 @@ class ExecutorInfo:
 
     num_blocks: KV blocks, the smallest number over the ranks.
     reports: one a rank, in rank order.
-    start_seconds: stage of the start -> seconds it took, in their order.
+    start_seconds: stage of the start -> seconds it took, in their order; "stage: part" is within its stage.
     """
 
     num_blocks: int

@@ -25,6 +25,8 @@ _HOST = "127.0.0.1"
 _GROUPS = {"staging": 1, "watch": 1, "status": 1}
 # When one rank ends, another's collective may fail first; this long the one to blame may take to show.
 _BLAME_WAIT_S = 0.5
+# Of what the driver waits for a step: ranks give up on one that is missing before that, and name it.
+_WAIT_SHARE = 0.8
 
 
 def create_actors(
@@ -63,16 +65,18 @@ def start_ranks(
 ) -> ExecutorInfo:
     """Takes every rank through its stages. Raises `StartError` for the first that fails."""
     calls = [actor.prepare.remote(_HOST, deadline.remaining_s) for actor in actors]
-    parts = [actor.prepare_seconds.remote() for actor in actors]
     prepared = await_all("actor", calls, deadline=deadline)
-    _note_parts(parts, deadline)
     for rank, (version, _) in enumerate(prepared):
         if version != __version__:
             raise StartError("actor", f"the rank runs dist-vlm {version}, the driver {__version__}", rank)
+    calls = [actor.prepare_seconds.remote() for actor in actors]
+    _note_parts(await_all("actor", calls, deadline=deadline, ends_stage=False), deadline)
     if len(actors) > 1:
         port = prepared[0][1]
         timeout_s = max(deadline.remaining_s, collective_timeout_s)
-        await_all("join", [actor.join.remote(_HOST, port, timeout_s) for actor in actors], deadline=deadline)
+        wait_s = _WAIT_SHARE * collective_timeout_s
+        calls = [actor.join.remote(_HOST, port, timeout_s, wait_s) for actor in actors]
+        await_all("join", calls, deadline=deadline)
     loaded = await_all("load", [actor.load.remote() for actor in actors], deadline=deadline)
     reports = tuple(wire.decode(LoadReport, report) for report in loaded)
     blocks = choose_num_blocks(reports, num_blocks)
@@ -80,19 +84,17 @@ def start_ranks(
     return ExecutorInfo(num_blocks=blocks, reports=reports)
 
 
-def _note_parts(refs: Sequence[Any], deadline: Deadline) -> None:
+def _note_parts(of_ranks: Sequence[dict[str, float]], deadline: Deadline) -> None:
     """What the parts of the actors' stage took, each on the rank on which it took longest."""
-    import ray
-
     seconds: dict[str, float] = {}
-    for parts in ray.get(list(refs), timeout=deadline.remaining_s):
+    for parts in of_ranks:
         for part, took in parts.items():
             seconds[part] = max(took, seconds.get(part, 0.0))
     for part, took in seconds.items():
         deadline.note(f"actor: {part}", took)
 
 
-def await_all(stage: str, refs: Sequence[Any], *, deadline: Deadline) -> list[Any]:
+def await_all(stage: str, refs: Sequence[Any], *, deadline: Deadline, ends_stage: bool = True) -> list[Any]:
     """What each rank's call returned. Raises `StartError` for the first that fails, or the first that is late."""
     import ray
 
@@ -106,7 +108,8 @@ def await_all(stage: str, refs: Sequence[Any], *, deadline: Deadline) -> list[An
             raise StartError(stage, cause + others, late[0])
         if _error_of(ended[0]) is not None:
             raise _blame(stage, refs)
-    deadline.lap(stage)
+    if ends_stage:
+        deadline.lap(stage)
     return [ray.get(ref) for ref in refs]
 
 

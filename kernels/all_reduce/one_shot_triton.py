@@ -22,7 +22,7 @@ from dist_vlm.kernels.all_reduce.in_band_triton import (
 from dist_vlm.kernels.all_reduce.rows_triton import add_norm_row
 
 
-@triton.jit(do_not_specialize=["rank", "num_rows", "limit"])
+@triton.jit(do_not_specialize=["rank", "num_rows", "num_elements", "limit"])
 def one_shot_kernel(
     partial,
     residual,

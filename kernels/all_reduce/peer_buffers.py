@@ -32,7 +32,7 @@ class PeerBuffers:
     addresses: int64 [world_size], on the device: where the memory of each rank begins.
     state: int64, on the device: how far this rank is.
     error: int32 [1], on the device: 1 once a call has given up.
-    report: int32 [2], in memory of the host: the same, and the ranks it missed as bits.
+    report: int32 [1], in memory of the host: the ranks it missed, as bits.
     owner: what keeps the peers' memory mapped.
     """
 
@@ -52,8 +52,8 @@ class PeerBuffers:
 
     def missing_ranks(self) -> list[int] | None:
         """Ranks that a call has given up waiting for, None where all went well so far. Does not wait for the device."""
-        failed, missed = self.report.tolist()
-        return [rank for rank in range(self.world_size) if missed >> rank & 1] if failed else None
+        missed = int(self.report[0])
+        return [rank for rank in range(self.world_size) if missed >> rank & 1] if missed else None
 
 
 def memory_bytes(capacity: int) -> int:
@@ -95,6 +95,6 @@ def view(memory: Tensor, addresses: Sequence[int], *, rank: int, owner: Any = No
         addresses=torch.tensor(list(addresses), dtype=torch.int64, device=device),
         state=torch.zeros(_STATE_SIZE, dtype=torch.int64, device=device),
         error=torch.zeros(1, dtype=torch.int32, device=device),
-        report=torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda"),
+        report=torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda"),
         owner=owner,
     )

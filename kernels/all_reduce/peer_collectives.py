@@ -29,7 +29,7 @@ _KERNELS = {1: one_shot_kernel, 2: two_shot_kernel}
 class PeerCollectives:
     """All calls of all ranks must be the same, in the same order, each rank's on one stream.
 
-    max_looks: how often a program looks for data before it gives up; a look takes about a microsecond.
+    max_looks: how often a program looks for data before it gives up; a GPU takes about a microsecond for one.
     max_programs: of one kernel. All of them must fit the device at once, beside those of other ranks on it.
     """
 
@@ -53,10 +53,10 @@ class PeerCollectives:
         check_float("all_reduce", "tensor", tensor)
         check_dense("all_reduce", "tensor", tensor)
         flat = tensor.view(-1)
-        if flat.shape[0]:
-            width = min(_FLAT_WIDTH, triton.next_power_of_2(flat.shape[0]))
-            for piece in flat.split(self._most_rows(shots, width * tensor.element_size()) * width):
-                self._reduce(piece, None, None, piece, width=width, eps=0.0, shots=shots)
+        # One width for all sizes: a kernel is compiled for each.
+        for piece in flat.split(self._most_rows(shots, _FLAT_WIDTH * tensor.element_size()) * _FLAT_WIDTH):
+            if piece.shape[0]:
+                self._reduce(piece, None, None, piece, width=_FLAT_WIDTH, eps=0.0, shots=shots)
         return tensor
 
     def reduce_add_norm(

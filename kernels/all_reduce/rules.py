@@ -49,7 +49,7 @@ class Rules:
         raise AssertionError("the last rule is for any size")
 
     def without_group(self) -> Rules:
-        """The same where the process group's collectives cannot be had: what would go there takes the way before it."""
+        """The same where the process group's collectives cannot be had: great sizes go in two shots, gathers in one."""
         return Rules({op: _without_group(op, rules) for op, rules in self.by_op.items()}, self.source)
 
     def edges(self, op: str) -> list[int]:
@@ -107,16 +107,16 @@ def parse_table(text: str, world_size: int, source: str) -> Rules:
         table = json.loads(text)
     except json.JSONDecodeError as error:
         raise RulesError(f"{source}: not JSON: {error}") from None
-    ranks = _member(source, table, "ranks")
-    rules = _member(source, ranks, str(world_size))
-    by_op = {op: _parse_rules(f"{source}: ranks.{world_size}.{op}", op, _member(source, rules, op)) for op in OPS}
+    place = f"ranks.{world_size}"
+    rules = _member(source, _member(source, table, "ranks", "ranks"), str(world_size), place)
+    by_op = {op: _parse_rules(f"{source}: {place}.{op}", op, _member(source, rules, op, f"{place}.{op}")) for op in OPS}
     return Rules(by_op, source)
 
 
-def _member(source: str, value: Any, name: str) -> Any:
+def _member(source: str, value: Any, name: str, place: str) -> Any:
     if not isinstance(value, dict) or name not in value:
         found = ", ".join(value) if isinstance(value, dict) else repr(value)
-        raise RulesError(f"{source}: {name} is missing; there is: {found}")
+        raise RulesError(f"{source}: {place} is missing; there is: {found}")
     return value[name]
 
 

@@ -6,29 +6,35 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from dist_vlm.kernels.all_reduce.peer_buffers import PeerBuffers, check_sizes, memory_bytes, view
+from dist_vlm.kernels.all_reduce.peer_buffers import EMPTY_BYTES, PeerBuffers, memory_bytes, view
 
 
-def open_buffers(
-    group: dist.ProcessGroup, *, device: torch.device, capacity: int, share_gpu: bool = False
-) -> PeerBuffers:
-    """Maps the memory of all ranks of `group` into this process. Every rank calls it; returns once all have.
+def allocate(*, device: torch.device, capacity: int, share_gpu: bool = False) -> Tensor:
+    """The rank's own memory, which `share` maps into the other ranks' processes.
 
     capacity: bytes of one of the rank's buffers.
     share_gpu: whether several ranks use one GPU, which torch refuses unless told that it is meant.
-    Raises `RuntimeError` where the devices cannot reach each other's memory, `ValueError` as `check_sizes` does.
     """
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    check_sizes(world_size=group.size(), capacity=capacity)
     # The kernels write to one rank at a time, and multicast cannot be had on every machine.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     if share_gpu:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    memory = symmetric_memory.empty(memory_bytes(capacity) // 4, dtype=torch.int32, device=device)
+    return symmetric_memory.empty(memory_bytes(capacity) // EMPTY_BYTES, dtype=torch.int32, device=device)
+
+
+def share(memory: Tensor, group: dist.ProcessGroup) -> PeerBuffers:
+    """Maps the memory of all ranks of `group` into this process; every rank calls it with what `allocate` gave it.
+
+    The buffers are empty when it returns, this rank's: none may send before all ranks have come so far.
+    Raises `RuntimeError` where the devices cannot reach each other's memory, `ValueError` as `view` does.
+    """
+    import torch.distributed._symmetric_memory as symmetric_memory
+
     handle = symmetric_memory.rendezvous(memory, group)
     buffers = view(memory, handle.buffer_ptrs, rank=handle.rank, owner=handle)
-    torch.cuda.synchronize(device)
-    dist.barrier(group)  # nobody sends before all buffers are empty
+    torch.cuda.synchronize(memory.device)
     return buffers

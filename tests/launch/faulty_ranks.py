@@ -73,7 +73,7 @@ class SwappedShards(Runner):
 
 
 class ReversedGather(Communicator):
-    """The ranks' parts, last rank first."""
+    """The ranks' parts, last rank first; the process group's, since the certificate would find others out."""
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return Communicator.all_gather(self, tensor).flip(0)
@@ -88,5 +88,5 @@ class GatherBrokenOnOneRank(Runner):
     """The ranks then have different logits."""
 
     def __init__(self, config: RankConfig, comm: Communicator) -> None:
-        broken = ReversedGather(comm.rank, comm.world_size, comm.group, comm.count)
-        super().__init__(config, broken if comm.rank == 1 else comm)
+        kind = ReversedGather if comm.rank == 1 else Communicator
+        super().__init__(config, kind(comm.rank, comm.world_size, comm.group, comm.count))

@@ -93,14 +93,14 @@ def main(job: dict[str, Any]) -> None:
     group = comm.join_group(store, rank=rank, world_size=world, backend=backend, timeout_s=60.0, host="127.0.0.1")
     config = config_of(job)
     try:
-        open_collectives(config, group, store, timeout_s=timeout_s)
+        open_collectives(config, group, store, wait_s=timeout_s)
         found["opened"] = group.name
         if group.collectives is not None:
             opened = group.collectives
             if job["fault"] == "twice":
                 group.collectives = AddsTwice(opened)
             certificate = Certificate(
-                group, hidden_size=HIDDEN, max_rows=MAX_ROWS, max_logits=MAX_ROWS, columns=COLUMNS,
+                group, hidden_size=HIDDEN, max_rows=MAX_ROWS, max_gathered=MAX_ROWS, columns=COLUMNS,
                 dtype=getattr(torch, job["dtype"]),
                 device=device,
             )  # fmt: skip

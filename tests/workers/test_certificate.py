@@ -189,7 +189,7 @@ def certified(
             comm,
             hidden_size=HIDDEN,
             max_rows=MAX_ROWS,
-            max_logits=MAX_ROWS,
+            max_gathered=MAX_ROWS,
             columns=COLUMNS,
             dtype=dtype,
             device=torch.device("cpu"),
@@ -349,7 +349,7 @@ def test_an_exception_on_one_rank_leaves_the_ranks_in_step() -> None:
         comm = comms[rank]
         comm.collectives = Raises(comm, torch.float32, "check", 1)
         certificate = Certificate(
-            comm, hidden_size=HIDDEN, max_rows=MAX_ROWS, max_logits=MAX_ROWS, columns=COLUMNS, dtype=torch.float32,
+            comm, hidden_size=HIDDEN, max_rows=MAX_ROWS, max_gathered=MAX_ROWS, columns=COLUMNS, dtype=torch.float32,
             device=torch.device("cpu"),
         )  # fmt: skip
         return certificate.fault(), all_reasons(comm, "a reason" if rank else None)

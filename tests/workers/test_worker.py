@@ -246,7 +246,7 @@ def test_a_group_that_nobody_hosts_fails_at_join() -> None:
     rank = worker(rank=1, world_size=2)
     assert rank.prepare("127.0.0.1", 5.0) == (__version__, 0)
     with pytest.raises(RankError, match="rank 1, join: "):
-        rank.join("127.0.0.1", 9, 1.0)
+        rank.join("127.0.0.1", 9, 1.0, 1.0)
 
 
 def test_bytes_that_are_no_config_are_refused() -> None:

@@ -149,9 +149,9 @@ def test_what_is_not_a_rule_is_named(changes, words) -> None:
         ("[]", "t.json: ranks is missing; there is: []"),
         ("{}", "t.json: ranks is missing"),
         ('{"device": "x"}', "t.json: ranks is missing; there is: device"),
-        ('{"ranks": 3}', "t.json: 2 is missing; there is: 3"),
-        (json.dumps(table(4)), "t.json: 2 is missing; there is: 4"),
-        ('{"ranks": {"2": {"all_reduce": []}}}', "t.json: reduce_add_norm is missing; there is: all_reduce"),
+        ('{"ranks": 3}', "t.json: ranks.2 is missing; there is: 3"),
+        (json.dumps(table(4)), "t.json: ranks.2 is missing; there is: 4"),
+        ('{"ranks": {"2": {"all_reduce": []}}}', "t.json: ranks.2.reduce_add_norm is missing; there is: all_reduce"),
     ],
 )
 def test_what_is_not_a_table_is_named(text, words) -> None:
@@ -208,5 +208,5 @@ def test_a_configured_table_stands_before_the_package_s_and_must_have_the_ranks(
     rules = rules_for("NVIDIA H200", 2, table=text)
     assert rules.source == "the configured table"
     assert rules.edges("all_reduce") == [100, 1000]
-    with pytest.raises(RulesError, match="the configured table: 4 is missing; there is: 2"):
+    with pytest.raises(RulesError, match="the configured table: ranks.4 is missing; there is: 2"):
         rules_for("NVIDIA H200", 4, table=text)
