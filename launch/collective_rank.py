@@ -1,6 +1,7 @@
 """One rank of `dist-vlm tune-collectives`: `python -m dist_vlm.launch.collective_rank JOB`, JOB being JSON.
 
-Rank 0 says the port of the group's rendezvous in a first line, and what was measured, as JSON, in a last one.
+Rank 0 says the port of the group's rendezvous in a first line, and what was measured, as JSON, in one that begins with
+`FOUND`: libraries may print, too.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
+FOUND = "measured: "
 _HOST = "127.0.0.1"
 _TIMEOUT_S = 120.0
 
@@ -56,7 +58,7 @@ def main(line: str) -> None:
         "times": times.measure(job.row_counts, others=job.others),
     }
     if job.rank == 0:
-        print(json.dumps(found), flush=True)
+        print(FOUND + json.dumps(found), flush=True)
     group.close()
 
 

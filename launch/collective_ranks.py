@@ -10,7 +10,7 @@ import sys
 import tempfile
 from typing import IO, Any
 
-from dist_vlm.launch.collective_rank import RankJob
+from dist_vlm.launch.collective_rank import FOUND, RankJob
 
 # What a rank takes to end once rank 0 has.
 _EXIT_S = 60.0
@@ -42,14 +42,15 @@ def measure(
             told, _, _ = select.select([ranks[0].stdout], [], [], timeout_s)
             port = ranks[0].stdout.readline().strip() if told else ""
             if not port.isdigit():
-                raise MeasureError(_said(errors))
+                raise MeasureError(f"rank 0 opened no rendezvous within {timeout_s:g} s: {port} {_said(errors)}")
             for rank in range(1, world_size):
                 ranks.append(_start(dataclasses.replace(first, rank=rank, port=int(port)), errors))
             out, _ = ranks[0].communicate(timeout=timeout_s)
             codes = [process.wait(timeout=_EXIT_S) for process in ranks]
             if any(codes):
                 raise MeasureError(f"exit statuses {codes}: {_said(errors)}")
-            found: dict[str, Any] = json.loads(out.splitlines()[-1])
+            (line,) = (line for line in out.splitlines() if line.startswith(FOUND))
+            found: dict[str, Any] = json.loads(line.removeprefix(FOUND))
             return found
         except subprocess.TimeoutExpired as error:
             raise MeasureError(f"not done within {error.timeout:g} s: {_said(errors)}") from None
@@ -63,7 +64,9 @@ def measure(
 
 def _start(job: RankJob, errors: IO[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dist_vlm.launch.collective_rank", job.line()]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    # What nobody reads may not stand in a pipe, which holds little.
+    out = subprocess.PIPE if job.rank == 0 else errors
+    return subprocess.Popen(command, stdout=out, stderr=errors, text=True)
 
 
 def _said(errors: IO[str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_vlm.kernels.all_reduce.peer_buffers import PEER_CAPACITY
 from dist_vlm.kernels.all_reduce.peer_collectives import PeerCollectives
-from dist_vlm.kernels.all_reduce.symmetric_memory import open_buffers
+from dist_vlm.kernels.all_reduce.symmetric_memory import allocate, share
 from dist_vlm.kernels.reduce_add_norm_triton import reduce_add_norm_triton
 
 # Calls in a recording, and replays of it that are timed.
@@ -35,9 +35,9 @@ class CollectiveTimes:
         self._columns = columns
         self._dtype = dtype
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._peers = PeerCollectives(
-            open_buffers(group, device=self._device, capacity=PEER_CAPACITY), max_looks=_MAX_LOOKS
-        )
+        buffers = share(allocate(device=self._device, capacity=PEER_CAPACITY), group)
+        self._peers = PeerCollectives(buffers, max_looks=_MAX_LOOKS)
+        dist.barrier(group)  # no rank sends before all buffers are empty
 
     def measure(self, row_counts: list[int], *, others: bool) -> list[dict[str, Any]]:
         """A record a size and op: bytes of a rank's part, and microseconds by way.
