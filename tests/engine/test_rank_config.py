@@ -44,7 +44,10 @@ def test_the_ranks_are_told_the_table_s_text(tiny_facts, tmp_path) -> None:
         (b"\xff\xfe{", "must be a file that can be read: "),
         (b"{", "must be a table for these ranks: .*: not JSON: "),
         (b"[1]", r"must be a table for these ranks: .*: ranks is missing; there is: \[1\]"),
-        (json.dumps({"ranks": {"4": TABLE["ranks"]["2"]}}).encode(), "for these ranks: .*: ranks.2 is missing; there is: 4"),
+        (
+            json.dumps({"ranks": {"4": TABLE["ranks"]["2"]}}).encode(),
+            "for these ranks: .*: ranks.2 is missing; there is: 4",
+        ),
         (
             json.dumps({"ranks": {"2": TABLE["ranks"]["2"] | {"all_reduce": [RULE | {"path": "ring"}]}}}).encode(),
             r"for these ranks: .*ranks\.2\.all_reduce: path is 'ring', must be one of one_shot, two_shot, group",
