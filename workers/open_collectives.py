@@ -102,9 +102,9 @@ def _prepare(config: RankConfig, comm: Communicator, store: dist.Store, wait_s: 
     from dist_vlm.kernels import cpp_library
     from dist_vlm.kernels.shared_memory import SharedMemoryGroup
 
-    cpp_library.library()
     if config.rank == 0:
-        store.set("segment", f"dist-vlm-{uuid.uuid4().hex}")
+        store.set("segment", f"dist-vlm-{uuid.uuid4().hex}")  # first of all: the others wait for it
+    cpp_library.library()
     name = store.get("segment").decode()
 
     def attach() -> SharedMemoryPath:
