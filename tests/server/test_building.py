@@ -70,10 +70,11 @@ def test_a_rank_that_falls_silent_is_seen_and_heard_again(
     llm = AsyncLLM.from_config(server_engine, executor=executor)
     threads = set(threading.enumerate())
     try:
-        with serving(llm, replace(server_config, health_timeout_s=0.4)) as live:
-            assert httpx.get(f"{live.url}/health").status_code == 200
-            executor.silent_since[0] = time.monotonic()
-            wait_for(live, 503)
+        # Silent for long at once: a short limit would take a busy machine for a silent rank.
+        with serving(llm, replace(server_config, health_timeout_s=2)) as live:
+            wait_for(live, 200)
+            executor.silent_since[0] = time.monotonic() - 60
+            assert "rank 0" in wait_for(live, 503).text
             executor.silent_since.clear()
             wait_for(live, 200)
     finally:
@@ -81,8 +82,9 @@ def test_a_rank_that_falls_silent_is_seen_and_heard_again(
     assert not [one for one in threading.enumerate() if one not in threads and one.name.startswith("render")]
 
 
-def wait_for(live: Live, status: int) -> None:
-    end = time.monotonic() + 3
-    while httpx.get(f"{live.url}/health").status_code != status:
-        assert time.monotonic() < end
+def wait_for(live: Live, status: int) -> httpx.Response:
+    end = time.monotonic() + 30
+    while (answer := httpx.get(f"{live.url}/health")).status_code != status:
+        assert time.monotonic() < end, answer.text
         time.sleep(0.02)
+    return answer
