@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from dist_vlm.machine import nvidia_gpu_seen
@@ -14,6 +15,11 @@ from dist_vlm.machine import nvidia_gpu_seen
 # Before anything imports triton, as transformers' models do: without a GPU its kernels are interpreted.
 if not nvidia_gpu_seen():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A machine that is shared makes an example slow by itself. `ci` is what hypothesis takes where it sees one.
+for name in ("default", "ci"):
+    hypothesis.settings.register_profile(name, hypothesis.settings.get_profile(name), deadline=None)
+hypothesis.settings.load_profile(hypothesis.settings.get_current_profile_name())
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE_LLAVA = ROOT / "benchmarks" / "peers" / "make_llava.py"
