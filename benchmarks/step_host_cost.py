@@ -265,6 +265,7 @@ def rank_ms(num_sequences: int) -> dict[str, float]:
         share_gpu=False,
         collectives="group",
         collectives_table=None,
+        halve_step_tokens=None,
         seed=0,
         feature_cache_tokens=0,
         vision_data_parallel=False,

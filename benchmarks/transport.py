@@ -91,6 +91,7 @@ def executor_of(transport: str, ranks: int) -> Executor:
         share_gpu=False,
         collectives="group",
         collectives_table=None,
+        halve_step_tokens=None,
         seed=0,
         feature_cache_tokens=0,
         vision_data_parallel=False,

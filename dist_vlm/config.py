@@ -194,6 +194,13 @@ class ParallelConfig:
     collectives_table: str | None = option(
         "str", None, help="JSON file of `dist-vlm tune-collectives` (none: the package's table for the GPU)"
     )
+    halve_step_tokens: int | None = option(
+        "int",
+        None,
+        help="with several ranks, compute steps of at least so many tokens in two halves, one while the other is "
+        "added up (none: never)",
+        low=2,
+    )
 
     def __post_init__(self) -> None:
         check_section(self, "parallel")

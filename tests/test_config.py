@@ -63,6 +63,7 @@ FIELDS = {
         "share_gpu",
         "collectives",
         "collectives_table",
+        "halve_step_tokens",
     ],
     "scaling": [
         "app_name",
@@ -152,6 +153,7 @@ def test_a_path_object_is_a_path() -> None:
         ("share_gpu", 1),
         ("collectives", "nccl"),
         ("collectives_table", 1),
+        ("halve_step_tokens", 1),
         ("dtype", "float64"),
         ("load_format", "pt"),
         ("max_model_len", 0),

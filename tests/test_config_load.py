@@ -272,6 +272,7 @@ FILLED = {
     "share_gpu": True,
     "collectives": "strict",
     "collectives_table": "/t",
+    "halve_step_tokens": 2048,
     "app_name": "two",
     "max_replicas": 6,
     "target_requests_per_replica": 9,

@@ -26,6 +26,8 @@ class RankConfig:
     collectives: "fused" takes the fused ones where they can be used and pass their certificate, "strict" refuses to
         start without them, "group" takes those of the process group.
     collectives_table: JSON that says which of them is used for which size; None takes what comes with the package.
+    halve_step_tokens: steps of at least so many tokens are computed in two halves, see `dist_vlm.workers.halves`; None
+        for no step.
     seed: seeds the weights of `load_format` "dummy".
     feature_cache_tokens: most feature rows of encoded images this rank holds at once.
     vision_data_parallel: whether a step's images are split over the ranks and their features gathered.
@@ -48,6 +50,7 @@ class RankConfig:
     share_gpu: bool
     collectives: str
     collectives_table: str | None
+    halve_step_tokens: int | None
     seed: int
     feature_cache_tokens: int
     vision_data_parallel: bool

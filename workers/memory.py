@@ -23,12 +23,14 @@ def activation_bytes(spec: ModelSpec, config: RankConfig, dtype: torch.dtype) ->
 
     T tokens hold at once the residual, a normed copy, a partial sum and its reduction (4 x hidden_size), the
     queries, keys and values before and after rotation, or the gate, up and product of the MLP; the logits of
-    every slot are float32, gathered through one copy, and sampled.
+    every slot are float32, gathered through one copy, and sampled. Where steps are computed in halves, what their sums
+    allocate has memory of its own.
     """
     tokens, ranks = config.max_num_batched_tokens, config.world_size
     heads = 2 * (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim // ranks
     widest = max(heads, 3 * spec.intermediate_size // ranks)
-    hidden = tokens * (4 * spec.hidden_size + widest) * dtype.itemsize
+    rows_of_hidden = 6 if config.halve_step_tokens is not None else 4
+    hidden = tokens * (rows_of_hidden * spec.hidden_size + widest) * dtype.itemsize
     logits = 2 * 4 * config.max_num_seqs * spec.vocab_size
     return hidden + logits + sampling_bytes(config.max_num_seqs, spec.vocab_size, config.max_model_len)
 

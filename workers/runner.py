@@ -12,11 +12,13 @@ import torch
 
 from dist_vlm.kernels.choice import choose
 from dist_vlm.kernels.upload import upload
+from dist_vlm.workers.batch import Batch
 from dist_vlm.workers.certificate import Certificate
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.computed import NOT_FINITE, SLOT_FAILURES, UNPACKABLE, UNSAMPLED, Computed, LaunchedStep
 from dist_vlm.workers.config import LoadReport, RankConfig
 from dist_vlm.workers.decode import Decoded, Decoder
+from dist_vlm.workers.halves import Beside, Halves, cut
 from dist_vlm.workers.kv_cache import KVCache, block_bytes
 from dist_vlm.workers.memory import encoder_batch_images, kv_cache_bytes
 from dist_vlm.workers.models import get_family, read_spec
@@ -154,6 +156,7 @@ class Runner:
         self._record()
         if self.device.type == "cuda":
             self._record_ahead()
+        self._beside = Beside(self.device)
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=self.device)
         self._no_features = torch.empty((0, self.spec.hidden_size), dtype=self.dtype, device=self.device)
 
@@ -252,11 +255,20 @@ class Runner:
         if self._decoder is not None and all(self._is_decode(piece) for piece in slices):
             self.slots.upload_blocks()
             return self._sample_recorded(self._decoder.launch(slices), slices)
-        layout = lay_out(slices, slots=self.slots, features=self.features.features, width=self.spec.hidden_size)
-        if self._short_steps is not None and self._short_steps.fits(slices) and not layout.prompt_rows:
+        layout = self._lay_out(slices)
+        halves = self._halves(layout, slices)
+        fits = self._short_steps is not None and self._short_steps.fits(slices)
+        if self._short_steps is not None and fits and not layout.prompt_rows and halves is None:
             self.slots.upload_blocks()
             return self._sample_recorded(self._short_steps.launch(slices, layout), slices)
-        return self._compute_laid_out(layout, slices)
+        return self._compute_laid_out(layout, slices, halves)
+
+    def _halves(self, layout: Layout, slices: Sequence[Slice]) -> Halves | None:
+        """Where the step is to be cut. All ranks decide alike: they make the same sums."""
+        least = self.config.halve_step_tokens
+        if least is None or self.comm.world_size == 1 or layout.prompt_rows:
+            return None
+        return cut(slices, min_tokens=least)
 
     def _is_decode(self, piece: Slice) -> bool:
         return piece.count == 1 and piece.sample and self.slots.sequence(piece.slot).sampling.prompt_logprobs is None
@@ -277,9 +289,12 @@ class Runner:
             status += self.comm.all_reduce(failed.to(self.device, non_blocking=True))
         return Computed(tokens, status, self._logprobs(logits, tokens, rows), []).to_host()
 
-    def _compute_laid_out(self, layout: Layout, slices: Sequence[Slice]) -> Computed:
-        batch = pack(layout, slices, slots=self.slots, empty_features=self._no_features)
-        hidden = self.language.forward(batch, self.kv_cache)
+    def _compute_laid_out(self, layout: Layout, slices: Sequence[Slice], halves: Halves | None) -> Computed:
+        if halves is None:
+            hidden = self.language.forward(self._pack(layout, slices), self.kv_cache)
+        else:
+            first, second = (self._pack(self._lay_out(half), half) for half in halves)
+            hidden = torch.cat(self.language.forward_in_halves(first, second, self.kv_cache, self._beside))
         rows = [self._sample_row(piece) for piece in slices if piece.sample]
         status = torch.zeros((len(slices), len(SLOT_FAILURES)))
         status[[piece.slot in layout.unpackable for piece in slices], UNPACKABLE] = 1
@@ -297,6 +312,12 @@ class Runner:
         status = self.comm.all_reduce(status)
         prompt = self._prompt_logprobs(hidden[len(rows) :], layout.prompt_rows)
         return Computed(tokens, status, logprobs, prompt).to_host()
+
+    def _lay_out(self, slices: Sequence[Slice]) -> Layout:
+        return lay_out(slices, slots=self.slots, features=self.features.features, width=self.spec.hidden_size)
+
+    def _pack(self, layout: Layout, slices: Sequence[Slice]) -> Batch:
+        return pack(layout, slices, slots=self.slots, empty_features=self._no_features)
 
     def _sample_row(self, piece: Slice) -> SampleRow:
         sequence = self.slots.sequence(piece.slot)

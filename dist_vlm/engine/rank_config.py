@@ -53,6 +53,7 @@ def rank_config(config: EngineConfig, spec: ModelSpec) -> RankConfig:
         share_gpu=parallel.share_gpu,
         collectives=parallel.collectives,
         collectives_table=_collectives_table(config),
+        halve_step_tokens=parallel.halve_step_tokens,
         seed=config.model.seed,
         feature_cache_tokens=feature_budget(config, spec).capacity_rows,
         vision_data_parallel=config.vision.vision_data_parallel,

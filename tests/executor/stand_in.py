@@ -48,6 +48,7 @@ def rank_config(world_size: int = 1, model: dict[str, Any] | None = None, **chan
         "share_gpu": False,
         "collectives": "group",
         "collectives_table": None,
+        "halve_step_tokens": None,
         "seed": 0,
         "feature_cache_tokens": 256,
         "vision_data_parallel": True,

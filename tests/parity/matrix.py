@@ -36,6 +36,11 @@ class Point:
         return "direct" if (self.checkpoint == "tiny") == (self.ranks == 2) else "ray"
 
     @property
+    def halve_step_tokens(self) -> int | None:
+        """Half of the points are on ranks that compute longer steps in halves."""
+        return 24 if self.transport == "direct" else None
+
+    @property
     def name(self) -> str:
         sizes = f"{self.ranks}-ranks-{self.budget}-tokens-{self.steps}-steps"
         return f"{self.checkpoint}-{sizes}-{self.cache}-{self.form}-{self.caches}"

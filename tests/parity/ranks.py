@@ -37,13 +37,15 @@ class Ranks:
         kernels: str = "torch",
         dtype: str = "float32",
         transport: str = "ray",
+        halve_step_tokens: int | None = None,
         **changes: object,
     ) -> tuple[LLM, BorrowedExecutor]:
         """An LLM over started ranks, with its own token budget, number of KV blocks, and `changes` of the driver's
         fields."""
         self._end_loan()
-        key = (checkpoint, num_ranks, f"{executor} {kernels} {dtype} {transport}")
-        config = self._config(checkpoint, num_ranks, executor, kernels, dtype).replace(transport=transport)
+        key = (checkpoint, num_ranks, f"{executor} {kernels} {dtype} {transport} {halve_step_tokens}")
+        config = self._config(checkpoint, num_ranks, executor, kernels, dtype)
+        config = config.replace(transport=transport, halve_step_tokens=halve_step_tokens)
         if key != self._key:
             self.close()
             self._executor = executor_for(resolve(config))

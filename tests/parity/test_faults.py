@@ -54,9 +54,9 @@ def plant_in_encode(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant_in_pack(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, guilty = pack_module._image_rows, []
+    real, guilty = pack_module._feature_rows, []
 
-    def image_rows(slices: Any, starts: Any, slots: Any, features: Any, without_images: Any, width: int) -> Any:
+    def feature_rows(slices: Any, starts: Any, slots: Any, features: Any, without_images: Any, width: int) -> Any:
         for piece in slices:
             if piece.slot == GUILTY and not guilty:
                 guilty.append(slots.sequence(piece.slot))  # another request may get the slot later
@@ -64,7 +64,7 @@ def plant_in_pack(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
                 raise KeyError("planted")
         return real(slices, starts, slots, features, without_images, width)
 
-    monkeypatch.setattr(pack_module, "_image_rows", image_rows)
+    monkeypatch.setattr(pack_module, "_feature_rows", feature_rows)
 
 
 def plant_in_sample(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

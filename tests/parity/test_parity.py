@@ -65,7 +65,14 @@ def test_tokens_equal_transformers(point: Point, num_cases: int, ranks: Ranks, c
     sizes["max_steps_in_flight"] = point.steps
     if point.caches == "off":
         sizes |= {"enable_prefix_caching": False, "feature_cache_tokens": 0}
-    llm, loan = ranks.engine(checkpoint, num_ranks=point.ranks, budget=point.budget, transport=point.transport, **sizes)
+    llm, loan = ranks.engine(
+        checkpoint,
+        num_ranks=point.ranks,
+        budget=point.budget,
+        transport=point.transport,
+        halve_step_tokens=point.halve_step_tokens,
+        **sizes,
+    )
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=scarce)
     prompts = [prompt_of(case, point.form, checkpoint) for case in cases]
     outputs = llm.generate(prompts, params, use_tqdm=False)

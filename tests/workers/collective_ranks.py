@@ -35,7 +35,8 @@ def config_of(job: dict[str, Any]) -> RankConfig:
         world_size=job["world_size"], block_size=16, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=MAX_ROWS,
         gpu_memory_utilization=0.9, kv_cache_bytes=None, num_threads=1, kernels=job.get("kernels") or
         ("triton" if on_gpu else "cpp"), share_gpu=job["share_gpu"], collectives=job["collectives"],
-        collectives_table=job.get("table"), seed=0, feature_cache_tokens=16, vision_data_parallel=True,
+        collectives_table=job.get("table"), halve_step_tokens=None, seed=0,
+        feature_cache_tokens=16, vision_data_parallel=True,
     )  # fmt: skip
 
 

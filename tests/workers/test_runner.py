@@ -26,7 +26,8 @@ def rank_config(model: Path, **changes: object) -> RankConfig:
         "world_size": 1, "block_size": 16, "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 64,
         "gpu_memory_utilization": 0.9, "kv_cache_bytes": 1 << 20, "num_threads": 1, "kernels": "torch",
         "share_gpu": False, "collectives": "group",
-        "collectives_table": None, "seed": 0, "feature_cache_tokens": 256, "vision_data_parallel": True,
+        "collectives_table": None, "halve_step_tokens": None, "seed": 0, "feature_cache_tokens": 256,
+        "vision_data_parallel": True,
     }  # fmt: skip
     return RankConfig(**(values | changes))
 
@@ -142,14 +143,14 @@ def quiet(loaded: Runner) -> dict[int, tuple[int, ...]]:
 def test_an_error_in_pack_fails_its_slot_alone(
     loaded: Runner, quiet: dict[int, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pack_module._image_rows
+    real = pack_module._feature_rows
 
     def failing(slices, starts, slots, features, without_images, width):
         if any(piece.slot == 1 and piece.slot not in without_images for piece in slices):
             raise KeyError("planted")
         return real(slices, starts, slots, features, without_images, width)
 
-    monkeypatch.setattr(pack_module, "_image_rows", failing)
+    monkeypatch.setattr(pack_module, "_feature_rows", failing)
     result = step(loaded, three_texts(0))
     step(loaded, StepPlan(1, release=(0, 1, 2)))
     assert [failure.slot for failure in result.slot_failures] == [1]

@@ -29,6 +29,7 @@ CONFIG = RankConfig(
     share_gpu=False,
     collectives="group",
     collectives_table=None,
+    halve_step_tokens=None,
     seed=3,
     feature_cache_tokens=256,
     vision_data_parallel=True,

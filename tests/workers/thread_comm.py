@@ -25,6 +25,10 @@ class ThreadComm(Communicator):
         self.barrier = barrier
         self.board = board
 
+    @property
+    def name(self) -> str:
+        return "threads"
+
     def _exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Copies of the ranks' tensors, in rank order."""
         self.board[self.rank] = tensor.clone()

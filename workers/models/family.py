@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dist_vlm.kernels.choice import OpSet
     from dist_vlm.workers.batch import Batch
     from dist_vlm.workers.comm import Communicator
+    from dist_vlm.workers.halves import Beside
     from dist_vlm.workers.kv_cache import KVCache
     from dist_vlm.workers.weights import WeightSource
 
@@ -34,6 +35,13 @@ class LanguageModel(ABC):
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
         """Writes the batch's keys and values and returns the normed last hidden states of `batch.logits_rows`,
         [R, hidden_size], reduced: the same on every rank. Waits for no device."""
+
+    @abstractmethod
+    def forward_in_halves(
+        self, first: Batch, second: Batch, kv_cache: KVCache, beside: Beside
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` of both, one computed while the other's parts are added up; see `dist_vlm.workers.halves`. A
+        sequence's tokens may lie in both, the earlier ones in `first`."""
 
     @abstractmethod
     def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The Llama language model of a LLaVA checkpoint, one rank's shard of it.
 
-The forward reads as on one device: where a product is split over the ranks, a layer returns its partial sum, and
-`reduce_add_norm` is the only place that adds the ranks up. A forward makes 2 * num_layers all-reduces and one more
+The forward reads as on one device: where a product is split over the ranks, a layer returns its partial sum, and what
+is yielded to `reduce_add_norm` is all that adds the ranks up. A forward makes 2 * num_layers all-reduces and one more
 where rows are asked for, `logits` one all-gather.
 Touvron et al., "LLaMA", 2023; Liu et al., "Visual Instruction Tuning", 2023.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dist_vlm.kernels.choice import OpSet
 from dist_vlm.workers.batch import Batch
 from dist_vlm.workers.comm import Communicator
+from dist_vlm.workers.halves import Beside, Forward, Reduced, Reduction, run_in_halves, run_whole
 from dist_vlm.workers.kv_cache import KVCache
 from dist_vlm.workers.layers import (
     ColumnParallelLinear,
@@ -102,6 +103,13 @@ class LlamaLanguageModel(LanguageModel):
         self.rotary.tabulate(num_positions)
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
+        return run_whole(self._forward(batch, kv_cache), self._reduce)
+
+    def forward_in_halves(self, first: Batch, second: Batch, kv_cache: KVCache, beside: Beside) -> tuple[Tensor, Tensor]:
+        halves = self._forward(first, kv_cache), self._forward(second, kv_cache)
+        return run_in_halves(*halves, self._reduce, beside)
+
+    def _forward(self, batch: Batch, kv_cache: KVCache) -> Forward:
         cos, sin = self.rotary(batch.positions[0], batch.rotary_lengths)
         plan = self._plan_attention(batch, kv_cache)
         partial: Tensor = self._embed(batch)
@@ -109,7 +117,7 @@ class LlamaLanguageModel(LanguageModel):
         rows, last = batch.logits_rows, self.shard.layers[-1]
         for index, layer in enumerate(self.shard.decoder_layers()):
             cache = (kv_cache.keys[index], kv_cache.values[index])
-            normed, residual = self._reduce(partial, residual, layer.input_norm)
+            normed, residual = yield Reduction(partial, residual, layer.input_norm.weight)
             q, k, v = layer.split_heads(layer.qkv(normed))
             q = self.ops.rotary_write_kv(q, k, v, cos, sin, *cache, batch.slot_mapping)
             attended = self.ops.paged_attention(q, *cache, plan, scale=self._scale)
@@ -117,11 +125,11 @@ class LlamaLanguageModel(LanguageModel):
                 # From here on, only the rows asked for are computed: one of a prompt's hundreds.
                 attended, residual = attended.index_select(0, rows), residual.index_select(0, rows)
             partial = layer.attention_out(attended.flatten(1))
-            normed, residual = self._reduce(partial, residual, layer.post_attention_norm)
+            normed, residual = yield Reduction(partial, residual, layer.post_attention_norm.weight)
             partial = layer.down(self.ops.silu_mul(layer.gate_up(normed)))
         if rows is not None and not rows.shape[0]:
             return partial[:0]
-        normed, _ = self._reduce(partial, residual, self.shard.norm)
+        normed, _ = yield Reduction(partial, residual, self.shard.norm.weight)
         return normed
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -157,6 +165,6 @@ class LlamaLanguageModel(LanguageModel):
                 partial.index_fill_(0, batch.image_rows, 0)
         return partial
 
-    def _reduce(self, partial: Tensor, residual: Tensor | None, norm: NormWeight) -> tuple[Tensor, Tensor]:
+    def _reduce(self, wanted: Reduction) -> Reduced:
         eps, op = self.facts.rms_norm_eps, self.ops.reduce_add_norm
-        return self.comm.reduce_add_norm(partial, residual, norm.weight, eps=eps, op=op)
+        return self.comm.reduce_add_norm(wanted.partial, wanted.residual, wanted.norm, eps=eps, op=op)
