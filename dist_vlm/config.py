@@ -174,6 +174,13 @@ class ParallelConfig:
     )
     start_timeout_s: float = option("float", 300.0, help="seconds the ranks have to start", above=0)
     step_timeout_s: float = option("float", 60.0, help="seconds one step may take", above=0)
+    max_restarts: int | None = option(
+        "int",
+        None,
+        help="how often in an hour lost ranks are started again and all requests go on (none: 2, or 0 with several "
+        "replicas, where they go on in another)",
+        low=0,
+    )
     threads_per_rank: int | None = option(
         "int", None, help="torch threads of a CPU rank (none: cores divided by ranks)", low=1, high=1024
     )

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_GIB = 1.0
+_RESTARTS_AN_HOUR = 2
 
 
 def resolved(config: EngineConfig) -> EngineConfig:
     """See `dist_vlm.config.resolve`."""
     spec = _read_spec(config.model.model)
     _check_shards(config.parallel, spec)
-    parallel = resolved_parallel(config.parallel)
+    parallel = _with_restarts(config)
     model = _resolved_model(config.model, spec)
     return dataclasses.replace(
         config,
@@ -42,9 +43,16 @@ def resolved(config: EngineConfig) -> EngineConfig:
 
 def resolved_without_checkpoint(config: EngineConfig) -> EngineConfig:
     """Decides what needs no checkpoint; the rest stays `auto` or none."""
-    parallel = resolved_parallel(config.parallel)
+    parallel = _with_restarts(config)
     cache = _resolved_cache(config.cache, parallel.device, config.model)
     return dataclasses.replace(config, cache=cache, parallel=parallel)
+
+
+def _with_restarts(config: EngineConfig) -> ParallelConfig:
+    parallel = resolved_parallel(config.parallel)
+    if parallel.max_restarts is not None:
+        return parallel
+    return dataclasses.replace(parallel, max_restarts=0 if config.most_replicas > 1 else _RESTARTS_AN_HOUR)
 
 
 def resolved_parallel(parallel: ParallelConfig) -> ParallelConfig:

@@ -267,6 +267,7 @@ FILLED = {
     "transport": "direct",
     "start_timeout_s": 1.5,
     "step_timeout_s": 2.0,
+    "max_restarts": 5,
     "threads_per_rank": 3,
     "kernels": "reference",
     "share_gpu": True,

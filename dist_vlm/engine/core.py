@@ -1,4 +1,8 @@
-"""The step loop: requests in, plans out to the ranks, tokens back."""
+"""The step loop: requests in, plans out to the ranks, tokens back.
+
+Where ranks are lost, others are started in their place and get all requests again, each with the tokens it has: a token
+depends on those before it and on its request's own numbers, so an answer goes on as if nothing had been.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dist_vlm.engine.messages import EngineOutput, EngineRequest
+from dist_vlm.engine.restart_budget import RestartBudget
 from dist_vlm.engine.staging import StagingArea
 from dist_vlm.engine.state import EngineState
-from dist_vlm.executor.base import Executor, ExecutorInfo
+from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo
 from dist_vlm.sampling import LogitsProcessor
 from dist_vlm.sched.block_pool import BlockPool
 from dist_vlm.sched.features import FeatureTable
@@ -22,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 # How long the loop sleeps when all there is to do is wait for images to reach the ranks.
 _STAGING_POLL_S = 0.0002
+# As often a request may be computed when ranks are lost. It ends then: it may be what they are lost for.
+_MOST_LOSSES = 2
 # The books of some ten thousand blocks take milliseconds to be proved one by one.
 _FULL_CHECK_S = 1.0
 
@@ -33,6 +41,7 @@ class EngineCore:
     feature_rows: most feature rows of encoded images the ranks hold at once; None is unlimited.
     keep_features: whether they hold them for later requests.
     staging_timeout_s: how long an image may take to reach the ranks before its requests fail.
+    max_restarts: how often in an hour lost ranks are started again. Requests' images are kept for that.
     """
 
     def __init__(
@@ -48,6 +57,7 @@ class EngineCore:
         feature_rows: int | None = None,
         keep_features: bool = True,
         staging_timeout_s: float = 60.0,
+        max_restarts: int = 0,
     ) -> None:
         self._executor = executor
         self._block_size = block_size
@@ -58,8 +68,12 @@ class EngineCore:
         self._enable_prefix_caching = enable_prefix_caching
         self._feature_rows = feature_rows
         self._keep_features = keep_features
+        self._staging_timeout_s = staging_timeout_s
         self._staging = StagingArea(executor, timeout_s=staging_timeout_s)
-        self._images: dict[str, tuple[str, ...]] = {}
+        self._restarts = RestartBudget(max_restarts if executor.can_restart else 0)
+        self._num_restarts = 0
+        self._held: dict[str, _Held] = {}  # in the order of their arrival
+        self._untold: list[EngineOutput] = []
         self._last_submitted = -1
         self._last_collected = -1
         self._checked_at = -math.inf
@@ -67,6 +81,10 @@ class EngineCore:
     def start(self) -> ExecutorInfo:
         """Starts the ranks. Raises `StartError`, or `ValueError` if the longest sequence does not fit the KV cache."""
         info = self._executor.start()
+        self.scheduler = self._make_scheduler(info)
+        return info
+
+    def _make_scheduler(self, info: ExecutorInfo) -> Scheduler:
         capacity = info.num_blocks * self._block_size
         if capacity < self._max_model_len:
             self._executor.shutdown()
@@ -75,14 +93,13 @@ class EngineCore:
                 f"max_model_len = {self._max_model_len}: raise kv_cache_memory_gib or gpu_memory_utilization, or lower "
                 f"max_model_len to at most {capacity}"
             )
-        self.scheduler = Scheduler(
+        return Scheduler(
             pool=BlockPool(info.num_blocks, self._block_size),
             max_num_seqs=self._max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
             features=FeatureTable(self._feature_rows, keep=self._keep_features),
             enable_prefix_caching=self._enable_prefix_caching,
         )
-        return info
 
     @property
     def stats(self) -> SchedulerStats:
@@ -102,6 +119,7 @@ class EngineCore:
             feature_row_capacity=scheduler.features.capacity_rows,
             num_staged_images=staging.num_staged,
             staged_bytes=staging.num_bytes,
+            num_restarts=self._num_restarts,
         )
 
     def silence(self) -> tuple[float, ...]:
@@ -111,13 +129,17 @@ class EngineCore:
         return tuple(max(0.0, now - heard) for heard in heard_at)
 
     def check(self) -> None:
-        """Raises `ExecutorError` if ranks are lost. For when there is no work, whose steps would tell; cheap."""
-        self._executor.check()
+        """Raises `ExecutorError` if ranks are lost and cannot be replaced. For when there is no work, whose steps would
+        tell; cheap."""
+        try:
+            self._executor.check()
+        except ExecutorError as error:
+            self._replace_ranks(error)
 
     @property
     def request_ids(self) -> tuple[str, ...]:
         """Of the requests that have not ended."""
-        return tuple(self._images)
+        return tuple(self._held)
 
     @property
     def serves_logits_processors(self) -> bool:
@@ -134,30 +156,45 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._staging.num_waiting > 0
+        return self.scheduler.has_work or self._staging.num_waiting > 0 or bool(self._untold)
 
     def add(self, request: EngineRequest) -> None:
         """Accepts a request; from here on it ends exactly once, in an `EngineOutput` with a finish reason."""
-        if request.request_id in self._images:
+        if request.request_id in self._held:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         record = _record(request)
         self.scheduler.check_fits(record)
-        self._images[request.request_id] = tuple(image.span.image for image in request.images)
-        if self._staging.add(request):
-            self.scheduler.add(record)
+        self._held[request.request_id] = _Held(record, request if self._restarts.most_an_hour else None)
+        try:
+            if self._staging.add(request):
+                self.scheduler.add(record)
+        except ExecutorError as error:
+            self._replace_ranks(error)
 
     def abort(self, request_id: str) -> list[EngineOutput]:
         """Ends a request at any moment; nothing if it has ended already."""
         if self._staging.withdraw(request_id):
             output = self._ended(EngineOutput(request_id, finish_reason="abort"))
-            self._staging.collected(self._last_collected)  # no step may come that would
+            try:
+                self._staging.collected(self._last_collected)  # no step may come that would
+            except ExecutorError as error:
+                self._replace_ranks(error)
             return [output]
         update = self.scheduler.abort(request_id)
         return [self._output(update)] if update is not None else []
 
     def step(self) -> list[EngineOutput]:
-        """Plans and submits what there is room for, then takes one result. Raises `ExecutorError` if ranks are lost."""
-        outputs = self._admit_staged()
+        """Plans and submits what there is room for, then takes one result. Raises `ExecutorError` if ranks are lost and
+        cannot be replaced."""
+        try:
+            self._advance()
+        except ExecutorError as error:
+            self._replace_ranks(error)
+        outputs, self._untold = self._untold, []
+        return outputs
+
+    def _advance(self) -> None:
+        self._admit_staged()
         while self.scheduler.num_in_flight < self._depth:
             plan = self.scheduler.plan()
             if plan is None:
@@ -166,18 +203,17 @@ class EngineCore:
             self._last_submitted = plan.step_id
         if self.scheduler.num_in_flight:
             result = self._executor.collect()
-            outputs.extend(self._output(update) for update in self.scheduler.commit(result))
+            self._untold.extend(self._output(update) for update in self.scheduler.commit(result))
             self._last_collected = result.step_id
         elif self._staging.num_waiting:
             time.sleep(_STAGING_POLL_S)
         elif self.scheduler.has_work:
             for update in self.scheduler.unblock():
                 _log.error("request %s can never run: %s", update.request.request_id, update.request.stop_reason)
-                outputs.append(self._output(update))
+                self._untold.append(self._output(update))
         self._staging.collected(self._last_collected)
-        if not self.has_work:
+        if not self.scheduler.has_work and not self._staging.num_waiting:
             self._check_books()
-        return outputs
 
     def _check_books(self) -> None:
         """The sums whenever there is nothing to do; every block by itself less often, for an answer waits for it."""
@@ -190,18 +226,54 @@ class EngineCore:
     def shutdown(self) -> None:
         self._executor.shutdown()
 
-    def _admit_staged(self) -> list[EngineOutput]:
+    def _replace_ranks(self, error: ExecutorError) -> None:
+        """Starts others in the place of lost ranks and gives them every request again. Raises `error` where there were
+        too many losses, and `StartError` where the start fails."""
+        while True:
+            if not self._restarts.take():
+                raise error
+            _log.error("the ranks are started again, the %s having failed", error.stage)
+            began = time.monotonic()
+            lost, info = self.scheduler, self._executor.restart()
+            self.scheduler = self._make_scheduler(info)
+            self.scheduler.count_on(lost)
+            self._staging = StagingArea(self._executor, timeout_s=self._staging_timeout_s)
+            self._last_submitted = self._last_collected = -1
+            self._num_restarts += 1
+            try:
+                for request_id, held in list(self._held.items()):
+                    self._give_again(request_id, held)
+            except ExecutorError as again:
+                error = again
+                continue
+            _log.warning("after %.1f s the ranks go on with %d requests", time.monotonic() - began, len(self._held))
+            return
+
+    def _give_again(self, request_id: str, held: _Held) -> None:
+        """A request that was computed whenever ranks were lost may be why: it is not given to them for ever."""
+        held.num_losses += held.record.num_in_flight > 0
+        held.record.start_over()
+        if held.num_losses >= _MOST_LOSSES:
+            self._fail(request_id, f"ranks were lost {held.num_losses} times while it was computed")
+            return
+        assert held.request is not None, "requests are kept where ranks may be replaced"
+        if self._staging.add(held.request):
+            self.scheduler.add(held.record)
+
+    def _fail(self, request_id: str, reason: str) -> None:
+        """Ends a request that is not the scheduler's."""
+        _log.error("request %s: %s", request_id, reason)
+        self._untold.append(self._ended(EngineOutput(request_id, finish_reason="error", stop_reason=reason)))
+
+    def _admit_staged(self) -> None:
         if not self._staging.num_waiting:
-            return []
+            return
         ready, failed = self._staging.poll()
         for request in ready:
-            self.scheduler.add(_record(request))
-        outputs = []
+            self.scheduler.add(self._held[request.request_id].record)
         for request, cause in failed:
             _log.error("request %s: an image did not reach the ranks: %s", request.request_id, cause)
-            output = EngineOutput(request.request_id, finish_reason="error", stop_reason="an image could not be staged")
-            outputs.append(self._ended(output))
-        return outputs
+            self._fail(request.request_id, "an image could not be staged")
 
     def _output(self, update: Update) -> EngineOutput:
         request = update.request
@@ -219,9 +291,22 @@ class EngineCore:
         return self._ended(output) if request.is_finished else output
 
     def _ended(self, output: EngineOutput) -> EngineOutput:
-        keys = self._images.pop(output.request_id)
-        self._staging.end(output.request_id, keys, self._last_submitted)
+        images = self._held.pop(output.request_id).record.images
+        self._staging.end(output.request_id, (span.image for span in images), self._last_submitted)
         return output
+
+
+@dataclass(slots=True)
+class _Held:
+    """A request that has not ended.
+
+    request: it as it came, images included; None where it is never given to the ranks again.
+    num_losses: how often it was being computed when ranks were lost.
+    """
+
+    record: Request
+    request: EngineRequest | None
+    num_losses: int = 0
 
 
 def _record(request: EngineRequest) -> Request:

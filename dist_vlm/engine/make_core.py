@@ -27,4 +27,5 @@ def make_core(config: EngineConfig, executor: Executor | None = None) -> EngineC
         enable_prefix_caching=config.cache.enable_prefix_caching,
         feature_rows=budget.capacity_rows,
         keep_features=budget.keeps_unneeded,
+        max_restarts=config.parallel.max_restarts or 0,
     )

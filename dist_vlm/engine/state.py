@@ -21,6 +21,7 @@ class EngineState:
     num_feature_rows, feature_row_capacity: rows of encoded images on the ranks, and most rows there at once (None: as
         many as wanted).
     num_staged_images, staged_bytes: images that requests hold on the ranks, those on their way included.
+    num_restarts: how often lost ranks were started again.
     """
 
     stats: SchedulerStats
@@ -34,11 +35,13 @@ class EngineState:
     feature_row_capacity: int | None
     num_staged_images: int
     staged_bytes: int
+    num_restarts: int
 
     def only_counts(self) -> EngineState:
         """Of an engine that is gone: what it has done, and nothing held."""
-        held = {field.name: 0 for field in dataclasses.fields(self) if field.name != "stats"}
-        return EngineState(stats=self.stats, **held)
+        counted = ("stats", "num_restarts")
+        held = {field.name: 0 for field in dataclasses.fields(self) if field.name not in counted}
+        return EngineState(stats=self.stats, num_restarts=self.num_restarts, **held)
 
 
 def total(states: Sequence[EngineState]) -> EngineState:

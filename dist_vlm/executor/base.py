@@ -57,10 +57,12 @@ class ExecutorInfo:
 class Executor(ABC):
     """Owns the ranks. Not safe for use from several threads, `heard_at` apart.
 
+    can_restart: whether `restart` can replace lost ranks.
     serves_logits_processors: whether a rank can call functions of the driver's process.
     last_results: every rank's result of the plan collected last, in rank order.
     """
 
+    can_restart: bool = False
     serves_logits_processors: ClassVar[bool] = False
     last_results: tuple[StepResult, ...] = ()
 
@@ -117,6 +119,11 @@ class Executor(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raises `ExecutorError` if ranks are lost: so a death is noticed while there is no plan to collect. Cheap."""
+
+    def restart(self) -> ExecutorInfo:
+        """After an `ExecutorError`: ends what is left of the ranks and starts others in their place, to whom nothing is
+        staged and no plan was submitted. Raises `StartError`."""
+        raise ExecutorError("restart", "this executor's ranks cannot be started again")
 
     @abstractmethod
     def shutdown(self) -> None:

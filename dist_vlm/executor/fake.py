@@ -6,9 +6,10 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo, StagedImage, StageKind
+from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo, StagedImage, StageKind, StartError
 from dist_vlm.executor.contract import ContractError, Ledger, Limits, Script
 from dist_vlm.workers.config import LoadReport
 from dist_vlm.workers.plan import StepPlan, StepResult
@@ -31,12 +32,14 @@ class FakeExecutor(Executor):
         a sequence gets the same tokens however it was cut, batched or preempted.
     fail_images, fail_stage: content key -> reason: the encoding fails, or the staging does.
     fail_slots: (step id, slot) -> reason: that slice fails.
-    fail_steps: step id -> the error that `collect` raises in place of the step's result, and ever after.
+    fail_steps: step id -> the error that `collect` raises in place of the step's result, and every call after it until
+        a restart. Each is raised once.
+    restarts: how often the ranks can be started again.
     staging_polls: calls of `poll_staged` that find nothing before an image arrives.
     step_delay_s: how long a step takes. It begins when its plan is submitted, or when the step before it ends.
     num_ranks: ranks whose load is reported and who are heard. The answers are rank 0's alone.
 
-    plans: every plan submitted, in order.
+    plans: every plan submitted since the last start, in order. plans_before_restarts: those before each restart.
     silent_since: rank -> `time.monotonic()` at which it was last heard, for a test to set. The others are heard now.
     """
 
@@ -53,6 +56,7 @@ class FakeExecutor(Executor):
         fail_stage: Mapping[str, str] | None = None,
         fail_slots: Mapping[tuple[int, int], str] | None = None,
         fail_steps: Mapping[int, ExecutorError] | None = None,
+        restarts: int = 0,
         staging_polls: int = 0,
         step_delay_s: float = 0.0,
         num_ranks: int = 1,
@@ -60,7 +64,10 @@ class FakeExecutor(Executor):
         images, slots = dict(fail_images or {}), dict(fail_slots or {})
         limits = Limits(num_blocks, block_size, max_num_seqs, max_num_batched_tokens, max_model_len)
         script = Script(next_token, images.get, lambda step, slot: slots.get((step, slot)))
-        self._ledger = Ledger(limits, script)
+        self._new_ledger = partial(Ledger, limits, script)
+        self._ledger = self._new_ledger()
+        self._restarts = restarts
+        self.can_restart = restarts > 0
         self._fail_stage = dict(fail_stage or {})
         self._fail_steps = dict(fail_steps or {})
         self._staging_polls = staging_polls
@@ -73,6 +80,7 @@ class FakeExecutor(Executor):
         self._state = "new"
         self._dead: ExecutorError | None = None
         self.plans: list[StepPlan] = []
+        self.plans_before_restarts: list[list[StepPlan]] = []
         self.silent_since: dict[int, float] = {}
 
     @property
@@ -94,6 +102,24 @@ class FakeExecutor(Executor):
         if self._state != "new":
             raise ContractError(f"start() of an executor that is {self._state}")
         self._state = "started"
+        return self._info()
+
+    def restart(self) -> ExecutorInfo:
+        if self._state != "started" or self._dead is None:
+            raise ContractError("restart() of an executor that has lost no rank")
+        if not self._restarts:
+            raise StartError("load", "no rank is left to start")
+        self._restarts -= 1
+        self._dead = None
+        self._ledger = self._new_ledger()
+        self._arriving.clear()
+        self._known.clear()
+        self._in_flight.clear()
+        self.plans_before_restarts.append(self.plans)
+        self.plans = []
+        return self._info()
+
+    def _info(self) -> ExecutorInfo:
         blocks = self._ledger.limits.num_blocks
         return ExecutorInfo(num_blocks=blocks, reports=tuple(_report(rank, blocks) for rank in range(self._num_ranks)))
 
@@ -154,7 +180,7 @@ class FakeExecutor(Executor):
             time.sleep(max(0.0, end - time.monotonic()))
         self._in_flight.popleft()
         if plan.step_id in self._fail_steps:
-            self._dead = self._fail_steps[plan.step_id]
+            self._dead = self._fail_steps.pop(plan.step_id)
         if self._dead is not None:
             raise self._dead
         self._ledger.collected = plan.step_id

@@ -6,7 +6,7 @@ import atexit
 import dataclasses
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ class RayExecutor(Executor):
     transport: "ray" (a compiled graph) or "direct" (unix sockets; the ranks must be on the driver's machine).
     """
 
+    can_restart = True
+
     def __init__(
         self,
         config: RankConfig,
@@ -82,21 +84,32 @@ class RayExecutor(Executor):
         self._heartbeat: Heartbeat | None = None
         self._images = ImageStaging(self._actors)
         self._dead: ExecutorError | None = None
+        self._is_closed = False
 
     def start(self) -> ExecutorInfo:
         if self._actors or self._dead is not None:
             raise ExecutorError("start", "the executor was started before")
-        deadline = Deadline(self._start_timeout_s)
+        info = self._start_or_end(self._start)
+        # Ray's own exit is registered by now, so ours comes before it.
+        atexit.register(self.shutdown)
+        return info
+
+    def restart(self) -> ExecutorInfo:
+        if self._dead is None or self._is_closed or self._places is None:
+            raise ExecutorError("restart", "only ranks that were started and lost can be replaced")
+        self._end_ranks()
+        self._dead = None
+        return self._start_or_end(self._start_ranks)
+
+    def _start_or_end(self, start: Callable[[Deadline], ExecutorInfo]) -> ExecutorInfo:
+        """Leaves nothing behind where it raises."""
         try:
-            info = self._start(deadline)
+            return start(Deadline(self._start_timeout_s))
         except BaseException as error:
             self.shutdown()
             if isinstance(error, StartError) or not isinstance(error, Exception):
                 raise
             raise StartError("start", describe(error)) from None
-        # Ray's own exit is registered by now, so ours comes before it.
-        atexit.register(self.shutdown)
-        return info
 
     def _start(self, deadline: Deadline) -> ExecutorInfo:
         config = self._config
@@ -115,14 +128,27 @@ class RayExecutor(Executor):
             timeout_s=deadline.remaining_s,
         )
         deadline.lap("ray")
-        cpus = placement.PRIVATE_CPUS if self._cluster.on_private else 1.0
-        self._places = placement.of_this_actor(config) or placement.reserve(config, cpus=cpus)
+        self._places = placement.of_this_actor(config) or placement.reserve(config, cpus=self._cpus)
+        info = self._start_ranks(deadline)
+        if self._reading is not None:
+            self._reading.stop()
+            self._reading = None
+        return info
+
+    @property
+    def _cpus(self) -> float:
+        """That Ray reserves for a rank."""
+        return placement.PRIVATE_CPUS if self._cluster.on_private else 1.0
+
+    def _start_ranks(self, deadline: Deadline) -> ExecutorInfo:
+        """In the places that are reserved for them."""
+        assert self._places is not None
         placement.ready(self._places.group, deadline.remaining_s)
         deadline.lap("placement")
         self._actors += create_actors(
-            config,
+            self._config,
             self._places,
-            resources=placement.rank_bundle(config, cpus=cpus),
+            resources=placement.rank_bundle(self._config, cpus=self._cpus),
             runner=self._runner,
             private=self._cluster.on_private,
         )
@@ -136,9 +162,8 @@ class RayExecutor(Executor):
         self._open_transport(deadline)
         self._heartbeat = Heartbeat(self._actors)
         deadline.lap("transport")
-        if self._reading is not None:
-            self._reading.stop()
-            self._reading = None
+        if self._is_closed:  # by another thread, which may have come before these ranks
+            raise StartError("start", "the executor was shut down meanwhile")
         return dataclasses.replace(info, start_seconds=deadline.laps)
 
     def _open_transport(self, deadline: Deadline) -> None:
@@ -200,13 +225,21 @@ class RayExecutor(Executor):
 
     def shutdown(self) -> None:
         atexit.unregister(self.shutdown)
+        self._is_closed = True
         if self._dead is None:
             self._dead = ExecutorError("step", "the executor is shut down")
-        self._stop_watching()
         for process in (self._reading, self._ahead):
             if process is not None:
                 process.stop()
         self._reading = self._ahead = None
+        self._end_ranks()
+        if self._places is not None and self._places.is_ours:
+            _remove(self._places.group)
+        self._places = None
+        self._cluster.close()
+
+    def _end_ranks(self) -> None:
+        self._stop_watching()
         # Killed first: closing the transport would wait for a rank that is stuck in a step.
         self._kill_ranks()
         if self._heartbeat is not None:
@@ -219,11 +252,7 @@ class RayExecutor(Executor):
             self._transport = self._plans = None
         self._images.close()
         self._actors.clear()
-        if self._places is not None and self._places.is_ours:
-            _remove(self._places.group)
-        self._places = None
         self._images = ImageStaging(self._actors)
-        self._cluster.close()
 
     def _alive(self) -> PlansInFlight:
         if self._dead is not None:

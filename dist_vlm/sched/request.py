@@ -101,6 +101,13 @@ class Request:
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
 
+    def start_over(self) -> None:
+        """Nothing of it is computed or planned any more, and it is nowhere queued; the tokens that it has stay."""
+        self.state = RequestState.NEW
+        self.slot = None
+        self.block_ids.clear()
+        self.num_planned = self.num_published = self.num_pending = self.num_in_flight = 0
+
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         if self.is_finished:
             raise RuntimeError(f"request {self.request_id!r} ended twice: {self.finish_reason}, then {reason}")

@@ -99,6 +99,10 @@ class Scheduler:
         self._next_step_id = 0
         self._num_arrived = 0
 
+    def count_on(self, before: Scheduler) -> None:
+        """Its counts go on from those of another, which is not used any more."""
+        self.stats, self.prefix_cache.stats = before.stats, before.prefix_cache.stats
+
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)

@@ -50,6 +50,7 @@ class HeldMetrics(Collector):
         yield self._gauge("staged_images", "Pictures staged for requests", state.num_staged_images)
         yield self._gauge("staged_bytes", "Bytes of pictures staged for requests", state.staged_bytes)
         yield self._count("num_preemptions", "Preemptions", stats.num_preemptions)
+        yield self._count("rank_restarts", "Lost ranks started again", state.num_restarts)
         yield self._count("steps", "Steps", stats.num_steps)
         yield self._count("scheduled_tokens", "Tokens computed by steps", stats.num_scheduled_tokens)
         yield self._count("encoded_images", "Pictures encoded", stats.num_encoded_images)

@@ -160,7 +160,7 @@ def test_a_request_whose_image_never_arrives_fails_alone_in_time():
 
 def test_the_state_is_what_a_scripted_run_adds_up_to():
     core, _ = engine(feature_rows=12, staging_polls=1)
-    empty = EngineState(SchedulerStats(), 0, 0, 0, 16, 0, 0, 0, 12, 0, 0)
+    empty = EngineState(SchedulerStats(), 0, 0, 0, 16, 0, 0, 0, 12, 0, 0, 0)
     assert core.state() == empty
     for name in "abcd":
         core.add(request(name))
@@ -168,6 +168,7 @@ def test_the_state_is_what_a_scripted_run_adds_up_to():
     assert core.state() == EngineState(
         SchedulerStats(), num_running=0, num_waiting=4, num_staging=1, num_blocks=16, num_held_blocks=0,
         num_cached_blocks=0, num_feature_rows=0, feature_row_capacity=12, num_staged_images=1, staged_bytes=48,
+        num_restarts=0,
     )  # fmt: skip
     core.step()
     # A budget of eight tokens: a's prompt of five, in two blocks, and three of b's, in one. Two have a slot.
@@ -186,6 +187,7 @@ def test_the_state_is_what_a_scripted_run_adds_up_to():
     assert state == EngineState(
         state.stats, num_running=0, num_waiting=0, num_staging=0, num_blocks=16, num_held_blocks=0,
         num_cached_blocks=4 * 2 + 3, num_feature_rows=3, feature_row_capacity=12, num_staged_images=0, staged_bytes=0,
+        num_restarts=0,
     )  # fmt: skip
 
 

@@ -164,6 +164,8 @@ def test_shutdown_ends_the_rank_and_leaves_the_ray_that_was_there(make_ray_execu
     until(lambda: ray.available_resources().get("CPU") == 4.0 - 2 * PRIVATE_CPUS)
     with pytest.raises(ExecutorError, match="shut down"):
         executor.submit(decode(1))
+    with pytest.raises(ExecutorError, match="only ranks that were started and lost"):
+        executor.restart()
 
 
 def test_an_image_that_one_rank_cannot_take_is_reported_with_its_cause(make_ray_executor: Make) -> None:
@@ -249,6 +251,17 @@ def test_a_rank_killed_with_two_steps_in_flight_ends_collect_by_name(
     assert "\n" not in str(caught.value)
     with pytest.raises(ExecutorError, match="died"):
         executor.submit(decode(3))
+
+    lost = {result.counters.busy_us for result in executor.last_results}
+    assert executor.restart().num_blocks == 100
+    executor.stage("cat", "pixel_values", np.ones((1, 3, 2, 2), np.float32))
+    assert staged(executor, 1) == [StagedImage("cat", None)]
+    executor.submit(decode(0, encode=("cat",)))
+    executor.collect()
+    assert [result.step_id for result in executor.last_results] == [0, 0]
+    assert not lost & {result.counters.busy_us for result in executor.last_results}
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in lost))
+    executor.check()
 
 
 @over_both

@@ -396,7 +396,7 @@ def test_an_abort_ends_the_request_whenever_it_comes(after_s: float) -> None:
 
 def test_a_replica_that_is_gone_counts_on_once() -> None:
     def report(name: str, steps: int) -> ReplicaReport:
-        state = EngineState(SchedulerStats(num_steps=steps), 1, 0, 0, 10, 2, 0, 0, None, 0, 0)
+        state = EngineState(SchedulerStats(num_steps=steps), 1, 0, 0, 10, 2, 0, 0, None, 0, 0, 0)
         return ReplicaReport(name, state, (0.5, float(steps)))
 
     reports = _Reports()

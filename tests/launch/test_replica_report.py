@@ -8,7 +8,7 @@ from dist_vlm.launch.replica_report import ReplicaReport
 from dist_vlm.sched.scheduler import SchedulerStats
 from dist_vlm.workers.wire import WireError
 
-STATE = EngineState(SchedulerStats(1, 2, 3, 4, 5, 6, 7, 8, 9), 1, 2, 3, 40, 5, 6, 7, 8, 9, 10)
+STATE = EngineState(SchedulerStats(1, 2, 3, 4, 5, 6, 7, 8, 9), 1, 2, 3, 40, 5, 6, 7, 8, 9, 10, 11)
 
 
 def test_what_is_written_is_read() -> None:

@@ -18,7 +18,7 @@ from dist_vlm.sched.scheduler import SchedulerStats
 def replica(name: str, num_blocks: int | None = None) -> Any:
     stats = {}
     if num_blocks is not None:
-        state = EngineState(SchedulerStats(), 0, 0, 0, num_blocks, 0, 0, 0, None, 0, 0)
+        state = EngineState(SchedulerStats(), 0, 0, 0, num_blocks, 0, 0, 0, None, 0, 0, 0)
         stats = replica_report.written(state, (0.1,))
     return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats=stats)
 

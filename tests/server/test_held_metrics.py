@@ -62,6 +62,7 @@ STATE = EngineState(
     feature_row_capacity=None,
     num_staged_images=5,
     staged_bytes=6000,
+    num_restarts=7,
 )
 
 
@@ -132,6 +133,7 @@ def test_what_the_engine_holds_is_told_as_it_said() -> None:
         "steps_total": 101,
         "scheduled_tokens_total": 102,
         "num_preemptions_total": 103,
+        "rank_restarts_total": 7,
         "encoded_images_total": 104,
         "prefix_cache_queried_tokens_total": 106,
         "prefix_cache_hit_tokens_total": 107,

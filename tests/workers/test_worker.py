@@ -38,6 +38,7 @@ CONFIG = RankConfig(
     False,
     "group",
     None,
+    None,
     0,
     256,
     True,
