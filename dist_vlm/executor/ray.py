@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from dist_vlm.executor import ahead, placement, semaphores
+from dist_vlm.executor import ahead, placement
 from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo, StagedImage, StageKind, StartError
 from dist_vlm.executor.deadline import Deadline
 from dist_vlm.executor.heartbeat import Heartbeat
 from dist_vlm.executor.in_flight import PlansInFlight
 from dist_vlm.executor.ray_cluster import RayCluster
-from dist_vlm.executor.ray_start import await_all, create_actors, start_ranks
+from dist_vlm.executor.ray_start import create_actors, start_ranks
 from dist_vlm.executor.staging import ImageStaging
 from dist_vlm.executor.transport import Transport, TransportClosedError, TransportTimeoutError
 from dist_vlm.executor.transport_choice import TRANSPORTS
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 # When one rank dies in a step, a peer's collective may fail first; this long the death may take to be known.
 _DEATH_WAIT_S = 1.0
-# What a rank takes to end that was told to.
-_END_WAIT_S = 2.0
 # What a rank that is alive takes to say how far it is.
 _STATUS_WAIT_S = 0.5
 # What ends the ranks when it happens to a plan on its way or to an answer.
@@ -80,7 +78,6 @@ class RayExecutor(Executor):
         self._reading: ahead.AheadProcess | None = None
         self._places: placement.Places | None = None
         self._actors: list[Any] = []
-        self._pids: tuple[int, ...] = ()
         self._transport: Transport | None = None
         self._plans: PlansInFlight | None = None
         self._watch: DeathWatch | None = None
@@ -162,8 +159,6 @@ class RayExecutor(Executor):
             collective_timeout_s=self._step_timeout_s,
             num_blocks=self._num_blocks,
         )
-        pids = [actor.ping.options(concurrency_group="status").remote() for actor in self._actors]
-        self._pids = tuple(await_all("transport", pids, deadline=deadline, ends_stage=False))
         self._open_transport(deadline)
         self._heartbeat = Heartbeat(self._actors)
         deadline.lap("transport")
@@ -257,9 +252,6 @@ class RayExecutor(Executor):
             self._transport = self._plans = None
         self._images.close()
         self._actors.clear()
-        if self._cluster.on_private:  # elsewhere the ranks may be on another machine
-            semaphores.remove_those_of(self._pids, within_s=_END_WAIT_S)
-        self._pids = ()
         self._images = ImageStaging(self._actors)
 
     def _alive(self) -> PlansInFlight:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dist_vlm.executor import semaphores
 from dist_vlm.executor.base import StartError
 from dist_vlm.workers.failure import describe
 
@@ -28,6 +29,8 @@ _MAX_STORE_BYTES = 2 << 30
 # What a call's arguments may have at most to travel with it, in a private Ray, and not through the object store, which
 # takes longer by more than a millisecond. A picture as it is staged has some 340 KB.
 _INLINE_BYTES = 1 << 20
+# What a process takes to end that was told to.
+_END_WAIT_S = 2.0
 # Unix socket paths end at 107 characters, and Ray appends some 60 to its directory.
 _MAX_TEMP_CHARS = 30
 
@@ -112,9 +115,11 @@ class RayCluster:
 
         if not (self.private or self._joined):
             return
+        raylets = _raylets() if self.private else []
         # What Ray says about processes that it then ends itself is no news.
         with suppress(Exception):
             ray.shutdown()
+        semaphores.remove_those_of(raylets, within_s=_END_WAIT_S)
         if self._keeper is not None:
             self._keeper.end()
             self._keeper = None
@@ -243,6 +248,14 @@ def with_token() -> Iterator[None]:
     finally:
         if before:
             _set_auth(before)
+
+
+def _raylets() -> list[int]:
+    """The process of the Ray that was started here; none where Ray does not say it where it does today."""
+    with suppress(Exception):
+        worker: Any = importlib.import_module("ray._private.worker")
+        return [told.process.pid for told in worker._global_node.all_processes["raylet"]]
+    return []
 
 
 def _new_token() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Semaphores of Ray's compiled graphs, in /dev/shm: whoever made one removes it, unless it was killed before."""
+"""Semaphores of Ray's compiled graphs, in /dev/shm: the raylet makes and removes them, unless it is killed before."""
 
 from __future__ import annotations
 
