@@ -68,7 +68,7 @@ async def whole(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
     return last
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "it did not come true in time"

@@ -20,7 +20,7 @@ import json, sys
 from dist_vlm import LLM
 try:
     values = {"device": "cpu", **json.loads(sys.argv[2])}
-    LLM(sys.argv[1], tensor_parallel_size=2, max_model_len=128, start_timeout_s=60, **values)
+    LLM(sys.argv[1], tensor_parallel_size=2, max_model_len=128, start_timeout_s=120, **values)
 except Exception as error:
     print(f"{type(error).__name__}: {error}")
     sys.exit(3)
@@ -33,7 +33,7 @@ def start(model: Path, arguments: str, *, tag: str) -> tuple[str, str, float]:
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(model), arguments],
-        env=environment, capture_output=True, text=True, timeout=100, check=False,
+        env=environment, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     seconds = time.monotonic() - began
     assert done.returncode == 3, done.stderr
@@ -41,7 +41,7 @@ def start(model: Path, arguments: str, *, tag: str) -> tuple[str, str, float]:
     return done.stdout, done.stderr, seconds
 
 
-def tagged(tag: str, within_s: float = 5.0) -> list[str]:
+def tagged(tag: str, within_s: float = 20.0) -> list[str]:
     """Live processes that inherited the program's environment, after a moment to end."""
     end = time.monotonic() + within_s
     while True:
@@ -68,7 +68,7 @@ def damaged(checkpoint: Path, out: Path, *, rename: tuple[str, str]) -> Path:
     return out
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_missing_weights(tiny_facts: Path) -> None:
     out, errors, seconds = start(tiny_facts, "{}", tag="weights")
     assert out.count("\n") == 1
@@ -76,10 +76,10 @@ def test_missing_weights(tiny_facts: Path) -> None:
     assert "safetensors" in out
     assert str(tiny_facts) in out
     assert "Traceback" not in errors
-    assert seconds < 60
+    assert seconds < 110
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_bad_tensor_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
     good = "language_model.model.layers.1.self_attn.o_proj.weight"
     model = damaged(tiny_checkpoint, tmp_path / "model", rename=(good, good.replace("o_proj", "oh_proj")))
@@ -88,10 +88,10 @@ def test_a_bad_tensor_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert out.startswith("StartError: load failed (rank ")
     assert good in out
     assert "Traceback" not in errors
-    assert seconds < 60
+    assert seconds < 110
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_too_few_gpus(tiny_facts: Path) -> None:
     import torch
 
@@ -102,10 +102,10 @@ def test_too_few_gpus(tiny_facts: Path) -> None:
     assert out.startswith("StartError: placement failed (no rank yet): ")
     assert "GPU" in out
     assert "Traceback" not in errors
-    assert seconds < 60
+    assert seconds < 110
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_ray_not_reachable(tiny_facts: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -16,7 +16,7 @@ from dist_vlm.executor.base import ExecutorError
 from dist_vlm.executor.fake import FakeExecutor, checksum_token
 from dist_vlm.workers.plan import ImageSpan, SamplingRow
 
-WAIT_S = 5.0
+WAIT_S = 30.0
 NOTICE_S = 2.0
 LOST = ExecutorError("step", "its process died", 1)
 

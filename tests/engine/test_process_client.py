@@ -20,7 +20,7 @@ from dist_vlm.executor.base import ExecutorError, StartError
 from dist_vlm.executor.fake import checksum_token
 from dist_vlm.workers.plan import ImageSpan, SamplingRow
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 NOTICE_S = 2.0
 
 # A core process like the real one, but for its scripted ranks.

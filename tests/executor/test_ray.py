@@ -32,7 +32,7 @@ def decode(step_id: int, position: int = 5, **fields: object) -> StepPlan:
     return StepPlan(step_id, slices=(Slice(1, position, 1, (), True),), **fields)  # type: ignore[arg-type]
 
 
-def until(condition: Callable[[], bool], within_s: float = NOTICE_S) -> None:
+def until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
     """Waits for a condition that must come true within `within_s`."""
     end = time.monotonic() + within_s
     while not condition():

@@ -150,7 +150,7 @@ def facts_of(process: subprocess.Popen[str]) -> dict[str, Any]:
     return facts
 
 
-def assert_gone(pids: list[int], within_s: float = 5.0) -> None:
+def assert_gone(pids: list[int], within_s: float = 20.0) -> None:
     end = time.monotonic() + within_s
     left = pids
     while left and time.monotonic() < end:

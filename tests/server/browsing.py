@@ -25,7 +25,7 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1100,800",
 )  # fmt: skip
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def test_a_peer_path_says_what_it_is_and_lets_go_of_the_memory() -> None:
         path.all_reduce(torch.ones(1))
 
 
-def on_threads(work: Callable[[SharedMemoryPath, int], Any], *, ranks: int = 2, timeout_s: float = 20.0) -> list[Any]:
+def on_threads(work: Callable[[SharedMemoryPath, int], Any], *, ranks: int = 2, timeout_s: float = 60.0) -> list[Any]:
     """What `work(path, rank)` gives on each rank of a group over real shared memory."""
     name, results = f"dist-vlm-test-{uuid.uuid4().hex}", [None] * ranks
 
