@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from dist_vlm.kernels.cache_folder import cache_folder
 from dist_vlm.kernels.compiler import COMPILERS, find_compiler
 
 _log = logging.getLogger(__name__)
@@ -97,15 +98,10 @@ def _built(compiler: str) -> Path:
 
 def _cache_folder() -> Path:
     """A folder of this user's alone: what lies in it is loaded as code."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "dist-vlm" / "kernels"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    _log.warning("%s cannot be written to: the CPU kernels are compiled for this process alone", folder)
+    folder = cache_folder("kernels")
+    if folder is not None:
+        return folder
+    _log.warning("the user's cache cannot be written to: the CPU kernels are compiled for this process alone")
     return Path(tempfile.mkdtemp(prefix="dist-vlm-kernels-"))
 
 

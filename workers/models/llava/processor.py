@@ -11,6 +11,7 @@ import importlib
 import json
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,9 @@ from PIL import Image
 from dist_vlm.workers.coded_pixels import places_of
 from dist_vlm.workers.models.family import ImageProcessor
 from dist_vlm.workers.models.json_fields import Fields, read_object
-from dist_vlm.workers.models.llava.scaled_crop import scaled_crop
+from dist_vlm.workers.models.llava import known_processors
+from dist_vlm.workers.models.llava.known_processors import KnownProcessor
+from dist_vlm.workers.models.llava.scaled_crop import ScaledCrop, scaled_crop
 from dist_vlm.workers.models.spec import CheckpointError
 
 # `image_processor_type` of a checkpoint, without the suffix of a backend -> module and class.
@@ -29,7 +32,8 @@ PROCESSORS = {
 
 
 class PilImageProcessor(ImageProcessor):
-    """See `ImageProcessor`. The usual settings are served by `ScaledCrop`, others by transformers: decided here, once.
+    """See `ImageProcessor`. The usual settings are served by `ScaledCrop`, others by transformers: decided here, once,
+    and kept for later processes.
 
     path: directory with preprocessor_config.json, or with its content under "image_processor" in
         processor_config.json.
@@ -43,13 +47,18 @@ class PilImageProcessor(ImageProcessor):
         if kind not in PROCESSORS:
             raise fields.error("image_processor_type", " or ".join(PROCESSORS))
         module, name = PROCESSORS[kind]
-        processor_class = getattr(importlib.import_module(module), name)
-        self._processor = processor_class.from_dict(fields.values)
-        self._output_shape = output_shape
-        settings = self._processor.to_dict()
-        serialized = json.dumps([name, settings], sort_keys=True, default=str).encode()
-        self._digest = hashlib.blake2b(serialized, digest_size=16).hexdigest()
-        self._scaled_crop = scaled_crop(self._processor)
+        self._processor: Any = None
+        self._scaled_crop: ScaledCrop | None
+        known = known_processors.find(name, fields.values)
+        if known is not None:
+            self._digest, self._scaled_crop = known.digest, known.scaled_crop
+        else:
+            self._processor = getattr(importlib.import_module(module), name).from_dict(fields.values)
+            serialized = json.dumps([name, self._processor.to_dict()], sort_keys=True, default=str).encode()
+            self._digest = hashlib.blake2b(serialized, digest_size=16).hexdigest()
+            self._scaled_crop = scaled_crop(self._processor)
+            if self._scaled_crop is not None:
+                known_processors.keep(name, fields.values, KnownProcessor(self._digest, self._scaled_crop))
         probe = self.preprocess(Image.new("RGB", (8, 5)))
         shape = probe.shape if self._scaled_crop is None else places_of(probe).shape
         if shape != output_shape:

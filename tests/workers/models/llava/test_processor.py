@@ -13,6 +13,11 @@ from dist_vlm.workers.coded_pixels import decoded
 from dist_vlm.workers.models import CheckpointError, get_family, read_spec
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_known(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 def processor(path, other=None):
     spec = read_spec(str(path))
     return get_family(spec.family).image_processor(spec, other)
