@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_vlm.kernels import (
     cpp_library,
+    embed,
     full_attention,
     linear,
     paged_attention,
@@ -49,6 +50,7 @@ class OpSet:
     recorded: None where the ops cannot be recorded.
     """
 
+    embed: Callable[..., Tensor]
     plan_attention: Callable[..., Any]
     paged_attention: Callable[..., Tensor]
     rotary_write_kv: Callable[..., Tensor]
@@ -69,6 +71,7 @@ class OpSet:
 
 IMPLEMENTATIONS = {
     "reference": OpSet(
+        embed=embed.embed_reference,
         plan_attention=paged_attention.plan_attention_reference,
         paged_attention=paged_attention.paged_attention_reference,
         rotary_write_kv=rotary_write_kv.rotary_write_kv_reference,
@@ -80,6 +83,7 @@ IMPLEMENTATIONS = {
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
     "torch": OpSet(
+        embed=embed.embed_torch,
         plan_attention=paged_attention.plan_attention_torch,
         paged_attention=paged_attention.paged_attention_torch,
         rotary_write_kv=rotary_write_kv.rotary_write_kv_torch,
@@ -91,6 +95,7 @@ IMPLEMENTATIONS = {
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
     "cpp": OpSet(
+        embed=embed.embed_torch,
         plan_attention=paged_attention.plan_attention_cpp,
         paged_attention=paged_attention.paged_attention_cpp,
         rotary_write_kv=rotary_write_kv.rotary_write_kv_cpp,
@@ -141,6 +146,7 @@ def allowed_names(kind: str) -> list[str]:
 def _triton_ops() -> OpSet:
     from dist_vlm.kernels import (
         decode_inputs_triton,
+        embed_triton,
         greedy_triton,
         linear_triton,
         paged_attention_triton,
@@ -152,6 +158,7 @@ def _triton_ops() -> OpSet:
     )
 
     return OpSet(
+        embed=embed_triton.embed_triton,
         plan_attention=paged_plan_triton.plan_attention_triton,
         paged_attention=paged_attention_triton.paged_attention_triton,
         rotary_write_kv=rotary_write_kv_triton.rotary_write_kv_triton,

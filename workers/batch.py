@@ -21,8 +21,9 @@ class Batch:
     context_lens: int64 [S]: keys that the last token of sequence s sees, itself included.
     block_tables: int64 [S, blocks]: block ids of each sequence, zero past its end.
     logits_rows: int64 [R]: tokens whose logits are wanted; None where all are, in order.
-    image_rows: int64 [I]: tokens whose embedding is an image feature.
-    image_features: [I, hidden_size], the model's dtype, in the order of image_rows.
+    feature_rows: int64 [T]: the row of image_features that is the token's embedding, -1 where it is the token's own;
+        None where every token has its own.
+    image_features: [I, hidden_size], the model's dtype.
     bounds: of each sequence its first token, end token and context, on the host; None where only the device knows.
     decode_slots: int64 [S], where each sequence has one token, and S no bounds: rows of `block_tables`, which are
         then those of all slots. A context of 0 means that the row is computed for nothing.
@@ -38,7 +39,7 @@ class Batch:
     context_lens: torch.Tensor
     block_tables: torch.Tensor
     logits_rows: torch.Tensor | None
-    image_rows: torch.Tensor
+    feature_rows: torch.Tensor | None
     image_features: torch.Tensor
     bounds: Sequence[tuple[int, int, int]] | None
     decode_slots: torch.Tensor | None = None

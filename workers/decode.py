@@ -115,7 +115,7 @@ class Decoder:
             context_lens=contexts,
             block_tables=self._slots.block_tables,
             logits_rows=None,
-            image_rows=self._no_rows,
+            feature_rows=None,
             image_features=self._no_rows,
             bounds=None,
             decode_slots=slots,

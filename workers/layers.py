@@ -12,24 +12,26 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from dist_vlm.kernels.embed import embed_torch
 from dist_vlm.kernels.linear import can_pack, linear, pack
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.weights import WeightSource
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Embed = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a layer's parameters live: on which rank, in which dtype, on which device; and the op that multiplies."""
+    """Where a layer's parameters live: on which rank, in which dtype, on which device; and the ops that read them."""
 
     comm: Communicator
     dtype: torch.dtype
     device: torch.device
     linear: Linear = linear
+    embed: Embed = embed_torch
 
     def empty(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
@@ -139,20 +141,18 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """This rank's rows of the embedding; ids of other ranks give zero rows, so that the ranks' sum is the embedding.
 
-    ids: int64 [T], in [0, vocab_size) -> [T, hidden_size], a partial sum.
+    ids: int64 [T] -> [T, hidden_size], a partial sum. feature_rows, features: see `dist_vlm.kernels.embed`; one rank
+    alone is given the features.
     """
 
     def __init__(self, section: Section, hidden_size: int, *, place: Placement) -> None:
         super().__init__()
         self.section = section
         self.weight = place.empty(section.count, hidden_size)
+        self._embed = place.embed
 
-    def forward(self, ids: Tensor) -> Tensor:
-        if self.section.start == 0 and self.section.stop >= self.section.size:
-            return F.embedding(ids, self.weight)
-        local = ids - self.section.start
-        other = (local < 0) | (local >= self.section.count)
-        return F.embedding(local.masked_fill(other, 0), self.weight).masked_fill_(other.unsqueeze(1), 0)
+    def forward(self, ids: Tensor, feature_rows: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        return self._embed(ids, self.weight, first=self.section.start, feature_rows=feature_rows, features=features)
 
     def load(self, source: WeightSource, names: Sequence[str]) -> None:
         _load_vocabulary(self.weight, self.section, source, names)

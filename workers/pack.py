@@ -37,7 +37,7 @@ class Layout:
     then `prompt_rows`.
 
     slots: int64 [T], the slot of each token. image_features: [rows, hidden_size] each, of the model's dtype, on its
-        device: together the rows of `image_rows`.
+        device: those that `feature_rows` counts, one after another.
     unpackable: slots whose slice raised. Their tokens are computed without images and are to be thrown away, so that
         this rank keeps step with the others, which may have met no error.
     """
@@ -48,7 +48,7 @@ class Layout:
     slot_mapping: np.ndarray
     bounds: list[tuple[int, int, int]]
     logits_rows: list[int]
-    image_rows: list[int]
+    feature_rows: np.ndarray | None
     image_features: list[torch.Tensor]
     prompt_rows: tuple[PromptRows, ...]
     unpackable: tuple[int, ...] = ()
@@ -90,7 +90,7 @@ def _lay_out(
     positions = np.concatenate([np.arange(piece.start, piece.start + piece.count) for piece in slices])
     num_prompt_tokens = np.repeat([slots.sequence(piece.slot).num_prompt_tokens for piece in slices], counts)
     block_of_token = slots.block_ids[slot_of_token, positions // slots.block_size]
-    image_rows, image_features = _image_rows(slices, starts, slots, features, without_images, width)
+    feature_rows, image_features = _feature_rows(slices, starts, slots, features, without_images, width)
     logits_rows = [int(start) + piece.count - 1 for start, piece in zip(starts, slices, strict=False) if piece.sample]
     prompt_rows = _prompt_rows(slices, slots)
     first_row = {piece.slot: int(start) - piece.start for start, piece in zip(starts, slices, strict=False)}
@@ -108,7 +108,7 @@ def _lay_out(
             for start, piece in zip(starts.tolist(), slices, strict=False)
         ],
         logits_rows=logits_rows,
-        image_rows=image_rows,
+        feature_rows=feature_rows,
         image_features=image_features,
         prompt_rows=prompt_rows,
     )
@@ -121,20 +121,24 @@ def pack(layout: Layout, slices: Sequence[Slice], *, slots: SlotTable, empty_fea
     """
     device = slots.token_ids.device
 
-    def put(array: np.ndarray | list[int]) -> torch.Tensor:
+    def put(array: np.ndarray | list[int] | list[np.ndarray]) -> torch.Tensor:
         return to_device(np.array(array, dtype=np.int64), device)
 
-    positions, context_lens = put(layout.positions), np.array([context for *_, context in layout.bounds])
+    of_tokens = [layout.slots, layout.positions, layout.rotary_lengths, layout.slot_mapping]
+    if layout.feature_rows is not None:
+        of_tokens.append(layout.feature_rows)
+    token_slots, positions, rotary_lengths, slot_mapping, *feature_rows = put(of_tokens)  # one copy for all
+    context_lens = np.array([context for *_, context in layout.bounds])
     return Batch(
-        token_ids=slots.token_ids[put(layout.slots), positions],
+        token_ids=slots.token_ids[token_slots, positions],
         positions=positions.unsqueeze(0),
-        rotary_lengths=put(layout.rotary_lengths),
-        slot_mapping=put(layout.slot_mapping),
+        rotary_lengths=rotary_lengths,
+        slot_mapping=slot_mapping,
         query_starts=put([0, *(end for _, end, _ in layout.bounds)]),
         context_lens=put(context_lens),
         block_tables=put(_block_tables(slices, context_lens, slots)),
         logits_rows=put(layout.logits_rows),
-        image_rows=put(layout.image_rows),
+        feature_rows=feature_rows[0] if feature_rows else None,
         image_features=torch.cat(layout.image_features) if layout.image_features else empty_features,
         bounds=layout.bounds,
     )
@@ -158,17 +162,18 @@ def _block_tables(slices: Sequence[Slice], context_lens: np.ndarray, slots: Slot
     return np.where(used, tables, 0)
 
 
-def _image_rows(
+def _feature_rows(
     slices: Sequence[Slice],
     starts: np.ndarray,
     slots: SlotTable,
     features: Mapping[str, torch.Tensor],
     without_images: Collection[int],
     width: int,
-) -> tuple[list[int], list[torch.Tensor]]:
-    """Rows of the batch that image features fill, and those features, span by span."""
-    rows: list[int] = []
+) -> tuple[np.ndarray | None, list[torch.Tensor]]:
+    """`Batch.feature_rows`, and the features it counts, span by span."""
+    rows: np.ndarray = np.full(int(starts[-1]), -1)
     parts: list[torch.Tensor] = []
+    num_rows = 0
     for batch_start, piece in zip(starts, slices, strict=False):
         if piece.slot in without_images:
             continue
@@ -180,6 +185,7 @@ def _image_rows(
                     shape = list(features[span.image].shape)
                     raise ValueError(f"image {span.image} has features of shape {shape}, not [{span.count}, {width}]")
                 shift = int(batch_start) - piece.start
-                rows.extend(range(shift + low, shift + high))
+                rows[shift + low : shift + high] = np.arange(num_rows, num_rows + high - low)
+                num_rows += high - low
                 parts.append(features[span.image][low - span.start : high - span.start])
-    return rows, parts
+    return rows if parts else None, parts

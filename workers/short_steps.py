@@ -40,7 +40,7 @@ _SIZE_STEP = 32
 class _Held:
     """What a recording reads.
 
-    tokens: int64 [5, size]: slot, position, rotary length, place in the cache, row that an image's feature goes to.
+    tokens: int64 [5, size]: slot, position, rotary length, place in the cache, row of the features or -1.
     tiles: int32 [tiles, 4], see `RecordedOps.cut_tiles`.
     samples: int64 [4, MAX_SLICES]: of each slice the row that tells its next token, slot and position of this token,
         and whether the slice could not be laid out.
@@ -122,7 +122,7 @@ class ShortSteps:
         return held, recording
 
     def _idle_tokens(self, size: int) -> np.ndarray:
-        column = np.array([self._slots.idle_slot, 0, 1, -1, size - 1], dtype=np.int64)
+        column = np.array([self._slots.idle_slot, 0, 1, -1, -1], dtype=np.int64)
         return np.repeat(column[:, None], size, axis=1)
 
     def _idle_samples(self, size: int) -> np.ndarray:
@@ -133,7 +133,8 @@ class ShortSteps:
         size, num_tokens = held.tokens.shape[1], layout.slots.shape[0]
         tokens, samples = self._idle_tokens(size), self._idle_samples(size)
         tokens[:4, :num_tokens] = layout.slots, layout.positions, layout.rotary_lengths, layout.slot_mapping
-        tokens[4, : len(layout.image_rows)] = layout.image_rows
+        if layout.feature_rows is not None:
+            tokens[4, :num_tokens] = layout.feature_rows
         pieces = []
         for index, (piece, (start, end, context)) in enumerate(zip(slices, layout.bounds, strict=True)):
             pieces.append((start, end, context, piece.slot))
@@ -146,13 +147,14 @@ class ShortSteps:
         for target, values in ((held.tokens, tokens), (held.tiles, tiles), (held.samples, samples)):
             refill(target, values)
         if layout.image_features:
-            torch.cat(layout.image_features, out=held.features[: len(layout.image_rows)])
+            num_rows = sum(part.shape[0] for part in layout.image_features)
+            torch.cat(layout.image_features, out=held.features[:num_rows])
 
     def _step(self, held: _Held) -> Tensor:
         """int64 [1 + failures, MAX_SLICES]: the likeliest tokens, and the status."""
-        slots, positions, lengths, mapping, image_rows = held.tokens
+        slots, positions, lengths, mapping, feature_rows = held.tokens
         rows, sampled_slots, sampled_positions, unpackable = held.samples
-        none = image_rows[:0]
+        none = slots[:0]
         batch = Batch(
             token_ids=self._slots.all_token_ids[slots, positions],
             positions=positions.unsqueeze(0),
@@ -162,7 +164,7 @@ class ShortSteps:
             context_lens=none,
             block_tables=self._slots.block_tables,
             logits_rows=rows,
-            image_rows=image_rows,
+            feature_rows=feature_rows,
             image_features=held.features,
             bounds=None,
             tiles=held.tiles,

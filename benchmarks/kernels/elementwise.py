@@ -25,6 +25,8 @@ import torch
 import triton
 from torch import Tensor
 
+from dist_vlm.kernels.embed import embed_torch
+from dist_vlm.kernels.embed_triton import embed_triton
 from dist_vlm.kernels.greedy_triton import greedy_triton
 from dist_vlm.kernels.quick_gelu import quick_gelu_torch
 from dist_vlm.kernels.quick_gelu_triton import quick_gelu_triton
@@ -71,6 +73,10 @@ class Row:
     torch_host_us: float
 
 
+def embed_of(op: Callable[..., Tensor], ids: Tensor, table: Tensor, rows: Tensor, features: Tensor) -> Tensor:
+    return op(ids, table, feature_rows=rows, features=features)
+
+
 def greedy_torch(logits: Tensor) -> tuple[Tensor, Tensor]:
     return greedy(logits), logits.isfinite().all(dim=-1)
 
@@ -80,7 +86,7 @@ def ops_of(sizes: argparse.Namespace, device: torch.device) -> dict[str, Op]:
     heads, kv_heads, head_dim = sizes.heads, sizes.kv_heads, sizes.head_dim
     random = partial(torch.randn, dtype=getattr(torch, sizes.dtype), device=device)
     item = torch.finfo(getattr(torch, sizes.dtype)).bits // 8
-    weight = random(hidden)
+    weight, table = random(hidden), random(vocab, hidden)
     norm: dict[str, Any] = {"eps": 1e-5, "all_reduce": lambda tensor: tensor}
 
     def make_rotary(rows: int) -> tuple[Tensor, ...]:
@@ -90,7 +96,19 @@ def ops_of(sizes: argparse.Namespace, device: torch.device) -> dict[str, Op]:
         caches = random(2, num_blocks, BLOCK_SIZE, kv_heads, head_dim)
         return q, k, v, random(rows, head_dim), random(rows, head_dim), caches[0], caches[1], slots
 
+    def make_embed(rows: int) -> tuple[Tensor, ...]:
+        """Every second token is an image's."""
+        feature_rows = torch.arange(rows, device=device) // 2
+        feature_rows[::2] = -1
+        return torch.randint(0, vocab, (rows,), device=device), table, feature_rows, random(max(1, rows // 2), hidden)
+
     return {
+        "embed": Op(
+            make_embed,
+            lambda rows: rows * (2 * hidden * item + 16),
+            partial(embed_of, embed_triton),
+            partial(embed_of, embed_torch),
+        ),
         "reduce_add_norm": Op(
             lambda rows: (random(rows, hidden), random(rows, hidden), weight),
             lambda rows: (4 * rows + 1) * hidden * item,
@@ -219,7 +237,7 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ["reduce_add_norm", "rotary_write_kv", "silu_mul", "quick_gelu", "greedy"]
+    names = ["embed", "reduce_add_norm", "rotary_write_kv", "silu_mul", "quick_gelu", "greedy"]
     parser.add_argument("--ops", nargs="+", default=names, choices=names)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256, 2048, 8192], help="rows of a call")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])

@@ -102,6 +102,21 @@ def test_embedding_rows_add_up_and_the_head_gathers_them(world_size, vocab_size)
         torch.testing.assert_close(logits, x @ weight.T)
 
 
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_features_given_to_one_rank_are_in_the_sum_once(world_size) -> None:
+    ids, rows, features = torch.tensor([3, 8, 0, 8]), torch.tensor([-1, 1, -1, 0]), torch.randn(2, 6)
+    comms = thread_comms(world_size)
+
+    def work(rank):
+        place = Placement(comms[rank], torch.float32, CPU)
+        layer = VocabParallelEmbedding(vocab_section(9, comm=place.comm), 6, place=place)
+        layer.load(DummySource(0), ("e",))
+        return layer(ids, rows, features if rank == 0 else None)
+
+    weight = whole("e.weight", 9, 6)
+    assert torch.equal(sum(on_ranks(comms, work)), torch.stack((weight[3], features[1], weight[0], features[0])))
+
+
 def test_logits_are_float32_whatever_the_weights() -> None:
     place = Placement(thread_comms(1)[0], torch.bfloat16, CPU)
     head = ParallelHead(vocab_section(9, comm=place.comm), 4, tied=None, place=place)

@@ -95,7 +95,7 @@ class LlamaLanguageModel(LanguageModel):
         self.facts = facts
         self.comm = comm
         self.ops = ops
-        self.module = self.shard = Shard(facts, Placement(comm, dtype, device, ops.linear))
+        self.module = self.shard = Shard(facts, Placement(comm, dtype, device, ops.linear, ops.embed))
         self.rotary = RotaryFrequencies(rope_config, head_dim=facts.head_dim, dtype=dtype, device=device)
         self._scale = facts.head_dim**-0.5
 
@@ -105,7 +105,9 @@ class LlamaLanguageModel(LanguageModel):
     def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         return run_whole(self._forward(batch, kv_cache), self._reduce)
 
-    def forward_in_halves(self, first: Batch, second: Batch, kv_cache: KVCache, beside: Beside) -> tuple[Tensor, Tensor]:
+    def forward_in_halves(
+        self, first: Batch, second: Batch, kv_cache: KVCache, beside: Beside
+    ) -> tuple[Tensor, Tensor]:
         halves = self._forward(first, kv_cache), self._forward(second, kv_cache)
         return run_in_halves(*halves, self._reduce, beside)
 
@@ -157,12 +159,9 @@ class LlamaLanguageModel(LanguageModel):
 
     def _embed(self, batch: Batch) -> Tensor:
         """[T, hidden_size], partial: rank 0 alone puts the image features in, the others add zero there."""
-        partial: Tensor = self.shard.embedding(batch.token_ids)
-        if batch.image_rows.shape[0]:
-            if self.comm.rank == 0:
-                partial.index_copy_(0, batch.image_rows, batch.image_features)
-            else:
-                partial.index_fill_(0, batch.image_rows, 0)
+        rows = batch.feature_rows
+        features = batch.image_features if rows is not None and self.comm.rank == 0 else None
+        partial: Tensor = self.shard.embedding(batch.token_ids, rows, features)
         return partial
 
     def _reduce(self, wanted: Reduction) -> Reduced:

@@ -153,13 +153,14 @@ class Driver:
     def batch(self, chunks: Sequence[tuple[PagedSequence, int, int]], rows: Sequence[int] | None = None) -> Batch:
         """chunks: (sequence, first position, end). rows: tokens whose logits are wanted; None for all."""
         size = self.ranks.block_size
-        tokens, positions, lengths, slots, image_rows, features = [], [], [], [], [], []
+        tokens, positions, lengths, slots, feature_rows, features = [], [], [], [], [], []
         starts, contexts = [0], []
         for sequence, start, end in chunks:
             for position in range(start, end):
                 token = sequence.tokens[position]
+                feature_rows.append(-1)
                 if token == IMAGE_ID and sequence.features is not None:
-                    image_rows.append(len(tokens))
+                    feature_rows[-1] = len(features)
                     features.append(sequence.features[sequence.tokens[:position].count(IMAGE_ID)])
                 tokens.append(token)
                 positions.append(position)
@@ -184,7 +185,7 @@ class Driver:
             context_lens=put(contexts),
             block_tables=put(tables),
             logits_rows=put(list(range(len(tokens)) if rows is None else rows)),
-            image_rows=put(image_rows),
+            feature_rows=put(feature_rows) if features else None,
             image_features=(torch.stack(features) if features else no_features).to(keys.device, keys.dtype),
             bounds=list(zip(starts[:-1], starts[1:], contexts, strict=True)),
         )
