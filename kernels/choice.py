@@ -20,6 +20,7 @@ from dist_vlm.kernels import (
     quick_gelu,
     reduce_add_norm,
     rotary_write_kv,
+    sample,
     silu_mul,
 )
 from dist_vlm.kernels.triton_support import triton_found, triton_interpreted
@@ -59,6 +60,7 @@ class OpSet:
     quick_gelu: Callable[[Tensor], Tensor]
     full_attention: Callable[..., Tensor]
     reduce_add_norm: Callable[..., tuple[Tensor, Tensor]]
+    draw: Callable[[Tensor, Sequence[sample.DrawRow]], Tensor]
     workspace_bytes: int
     recorded: RecordedOps | None = None
 
@@ -80,6 +82,7 @@ IMPLEMENTATIONS = {
         quick_gelu=quick_gelu.quick_gelu_reference,
         full_attention=full_attention.full_attention_reference,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_reference,
+        draw=sample.draw,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
     "torch": OpSet(
@@ -92,6 +95,7 @@ IMPLEMENTATIONS = {
         quick_gelu=quick_gelu.quick_gelu_torch,
         full_attention=full_attention.full_attention_torch,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_torch,
+        draw=sample.draw,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
     "cpp": OpSet(
@@ -104,6 +108,7 @@ IMPLEMENTATIONS = {
         quick_gelu=quick_gelu.quick_gelu_cpp,
         full_attention=full_attention.full_attention_cpp,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_cpp,
+        draw=sample.draw,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
 }
@@ -146,6 +151,7 @@ def allowed_names(kind: str) -> list[str]:
 def _triton_ops() -> OpSet:
     from dist_vlm.kernels import (
         decode_inputs_triton,
+        draw_triton,
         embed_triton,
         greedy_triton,
         linear_triton,
@@ -168,6 +174,7 @@ def _triton_ops() -> OpSet:
         quick_gelu=quick_gelu_triton.quick_gelu_triton,
         full_attention=full_attention.full_attention_torch,
         reduce_add_norm=reduce_add_norm_triton.reduce_add_norm_triton,
+        draw=draw_triton.draw_triton,
         workspace_bytes=paged_attention_triton.TRITON_WORKSPACE_BYTES,
         recorded=RecordedOps(
             plan_decode=paged_plan_triton.plan_decode_triton,

@@ -66,7 +66,7 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def draw_bytes(num_rows: int, vocab: int) -> int:
-    """Upper bound of what `draw` allocates, in bytes."""
+    """Upper bound of what `draw` allocates, in bytes; `draw_triton` allocates some 64 a row."""
     return _PART_BYTES_PER_LOGIT * min(num_rows * vocab, max(_PART_LOGITS_ELSEWHERE, vocab))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dist_vlm.kernels.choice import OpSet, RecordedOps, choose
 from dist_vlm.kernels.compile_only import Launch, compile_driver, compile_for, gpu_capability, launches_told
+from dist_vlm.kernels.sample import DrawRow
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.decode import Decoder
@@ -147,7 +148,8 @@ class _Rehearsal:
         layout = lay_out(slices, slots=self._slots, features={}, width=self._spec.hidden_size)
         nothing = torch.empty((0, self._spec.hidden_size), dtype=self._dtype, device=_DEVICE)
         batch = pack(layout, slices, slots=self._slots, empty_features=nothing)
-        self._language.logits(self._language.forward(batch, self._kv_cache))
+        logits = self._language.logits(self._language.forward(batch, self._kv_cache))
+        self._ops.draw(logits, [DrawRow(temperature=1.0)] * logits.shape[0])
 
 
 _launches: list[Launch] = []

@@ -339,7 +339,9 @@ class Runner:
         return tokens, unsampled
 
     def _sample_rows(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-        return sample_tokens(logits, rows, token_ids=self.slots.token_ids, processors=self.processors)
+        return sample_tokens(
+            logits, rows, token_ids=self.slots.token_ids, processors=self.processors, draw=self.ops.draw
+        )
 
     def _logprobs(
         self, logits: torch.Tensor, tokens: torch.Tensor, rows: Sequence[SampleRow]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +45,13 @@ def sample_tokens(
     *,
     token_ids: Tensor,
     processors: Mapping[str, Sequence[LogitsProcessor]],
+    draw: Callable[[Tensor, Sequence[sample.DrawRow]], Tensor],
 ) -> Tensor:
     """Chooses a token for each row; the order in which its options apply: see `dist_vlm.kernels.sample`.
 
     logits: float32 [R, vocab], not modified. token_ids: int64 [num_slots, max_model_len]: the tokens of all slots,
     of which those below a row's position are known in its slot. processors: by the name that a row has.
+    draw: the op that draws (`OpSet.draw`).
     Returns int64 [R], enqueued: the device is waited for only where a row has logits processors, or masks enough to
     leave no token. A row's token depends on no other row. Raises `ValueError` where one row asks what cannot be
     done, whatever the others are.
@@ -59,11 +61,11 @@ def sample_tokens(
         logits = edit_logits(logits, edits, token_ids=token_ids, processors=processors)
     drawn = {index: _draw_row(row) for index, row in enumerate(rows) if row.sampling.temperature > 0}
     if drawn and len(drawn) == len(rows):
-        return sample.draw(logits, list(drawn.values()))
+        return draw(logits, list(drawn.values()))
     tokens = sample.greedy(logits)
     if drawn:
         index = upload(list(drawn), torch.int64, logits.device)
-        tokens.index_copy_(0, index, sample.draw(logits[index], list(drawn.values())))
+        tokens.index_copy_(0, index, draw(logits[index], list(drawn.values())))
     return tokens
 
 

@@ -86,9 +86,9 @@ def runner_of(model: Path, keys: set[tuple[str, str]]) -> Runner:
 
 def serve(runner: Runner) -> None:
     """A prompt with a picture; decodes of one, three and two; a prompt beside decodes, recorded and, since it tells of
-    its tokens, not; and one that does so while decoding goes on."""
+    its tokens and draws them, not; and one that does so while decoding goes on."""
     runner.stage("x", "pixel_values", pixels(0))
-    chatty = SamplingRow(prompt_logprobs=1)
+    chatty = SamplingRow(temperature=0.8, top_p=0.9, prompt_logprobs=1)
     words = (5, 6, 7, 8)
     plans = [
         StepPlan(0, new=(sequence(0),), encode=("x",), slices=(Slice(0, 0, 19, (0, 1), True),)),
@@ -123,7 +123,14 @@ def test_what_a_rank_launches_is_compiled_ahead(tiny_checkpoint: Path, monkeypat
     with noted() as launched:
         serve(runner_of(tiny_checkpoint, launched))
     names = {name for name, _ in launched}
-    assert {"_prefill_kernel", "_decode_group_kernel", "_join_kernel", "_one_row_kernel", "_greedy_kernel"} <= names
+    assert {
+        "_prefill_kernel",
+        "_decode_group_kernel",
+        "_join_kernel",
+        "_one_row_kernel",
+        "_greedy_kernel",
+        "_draw_kernel",
+    } <= names
     assert launched <= ahead, sorted(launched - ahead)
     assert len(ahead - launched) <= 4, sorted(ahead - launched)
 
@@ -138,7 +145,7 @@ def test_the_launches_of_a_great_model(facts_7b: Path, world_size: int) -> None:
     options = {(launch.options["first_rows"], launch.options["is_split"]) for launch in decodes}
     assert options == {(a, b) for a in (True, False) for b in (True, False)}
     assert {launch.options["kv_heads"] for launch in decodes} == {32 // world_size}
-    assert len(launches) < 30, "a start would take too long"
+    assert len(launches) < 32, "a start would take too long"
     held = [x for launch in launches for x in launch.arguments if isinstance(x, Tensor)]
     assert {x.device.type for x in held} == {"meta"}
 

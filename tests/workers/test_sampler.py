@@ -16,11 +16,15 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from dist_vlm.kernels.choice import choose
 from dist_vlm.kernels.philox import uniform_noise
+from dist_vlm.kernels.sample import draw
 from dist_vlm.workers.plan import SamplingRow, TokenLogprobs
 from dist_vlm.workers.sampler import SampleRow, sample_tokens, sampling_bytes, token_logprobs
 
 VOCAB, NUM_SLOTS, MAX_LEN = 67, 16, 24
+# Without a GPU its kernels are interpreted, see tests/conftest.py.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def favour_even(generated: list[int], logits: Tensor) -> Tensor:
@@ -109,10 +113,23 @@ def reference_token(logits: Tensor, row: SampleRow, token_ids: Tensor) -> int:
 @pytest.mark.parametrize("seed", range(8))
 def test_tokens_are_those_of_transformers_processors(seed: int) -> None:
     logits, token_ids, rows = batch(seed)
-    tokens = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS)
+    tokens = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw)
     expected = [reference_token(logits[i : i + 1], row, token_ids) for i, row in enumerate(rows)]
     assert tokens.dtype == torch.int64
     assert tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tokens_drawn_in_triton_are_those_of_transformers_processors(seed: int) -> None:
+    logits, token_ids, rows = batch(seed)
+    tokens = sample_tokens(
+        logits.to(TRITON_DEVICE),
+        rows,
+        token_ids=token_ids.to(TRITON_DEVICE),
+        processors=PROCESSORS,
+        draw=choose("triton", TRITON_DEVICE).draw,
+    )
+    assert tokens.tolist() == [reference_token(logits[i : i + 1], row, token_ids) for i, row in enumerate(rows)]
 
 
 def test_the_options_of_the_batch_change_tokens() -> None:
@@ -137,22 +154,24 @@ def test_the_options_of_the_batch_change_tokens() -> None:
 def test_a_row_gets_the_same_token_alone_and_among_fifteen_others(seed: int) -> None:
     logits, token_ids, rows = batch(seed)
     before = logits.clone()
-    together = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS).tolist()
+    together = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw).tolist()
     assert torch.equal(logits, before)
     for index, row in enumerate(rows):
-        alone = sample_tokens(logits[index : index + 1], [row], token_ids=token_ids, processors=PROCESSORS)
+        alone = sample_tokens(logits[index : index + 1], [row], token_ids=token_ids, processors=PROCESSORS, draw=draw)
         assert alone.tolist() == together[index : index + 1]
     order = [5, 2, 7, 0, 15]
-    fewer = sample_tokens(logits[order], [rows[i] for i in order], token_ids=token_ids, processors=PROCESSORS).tolist()
+    fewer = sample_tokens(
+        logits[order], [rows[i] for i in order], token_ids=token_ids, processors=PROCESSORS, draw=draw
+    ).tolist()
     assert fewer == [together[i] for i in order]
 
 
 def test_a_row_of_numbers_that_are_not_finite_changes_no_other() -> None:
     logits, token_ids, rows = batch(3)
-    expected = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS).tolist()
+    expected = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw).tolist()
     broken = [0, 3, 5, 8]
     logits[broken] = torch.nan
-    found = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS).tolist()
+    found = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw).tolist()
     assert all(0 <= token < VOCAB for token in found)
     assert [token for i, token in enumerate(found) if i not in broken] == [
         token for i, token in enumerate(expected) if i not in broken
@@ -164,8 +183,8 @@ def test_a_wrong_row_raises_alone_and_in_a_batch() -> None:
     rows[4] = replace(rows[4], sampling=SamplingRow(logit_bias=((VOCAB, 1.0),)))
     for part in (slice(0, None), slice(4, 5)):
         with pytest.raises(ValueError, match=f"logit_bias holds token {VOCAB}"):
-            sample_tokens(logits[part], rows[part], token_ids=token_ids, processors=PROCESSORS)
-    sample_tokens(logits[:4], rows[:4], token_ids=token_ids, processors=PROCESSORS)
+            sample_tokens(logits[part], rows[part], token_ids=token_ids, processors=PROCESSORS, draw=draw)
+    sample_tokens(logits[:4], rows[:4], token_ids=token_ids, processors=PROCESSORS, draw=draw)
 
 
 def test_logprobs_are_the_models_own_and_counted_row_by_row() -> None:
@@ -197,7 +216,7 @@ def test_a_gpu_is_not_waited_for_and_its_rows_do_not_depend_on_each_other() -> N
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tokens = sample_tokens(logits, rows, token_ids=token_ids, processors={})
+        tokens = sample_tokens(logits, rows, token_ids=token_ids, processors={}, draw=draw)
         pending = token_logprobs(logits, tokens, [3] * len(rows)).to_host()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -205,7 +224,7 @@ def test_a_gpu_is_not_waited_for_and_its_rows_do_not_depend_on_each_other() -> N
     together = tokens.tolist()
     assert together == [reference_token(logits[i : i + 1].cpu(), row, token_ids.cpu()) for i, row in enumerate(rows)]
     for index, row in enumerate(rows):
-        alone = sample_tokens(logits[index : index + 1], [row], token_ids=token_ids, processors={})
+        alone = sample_tokens(logits[index : index + 1], [row], token_ids=token_ids, processors={}, draw=draw)
         assert alone.tolist() == [together[index]]
     exact = logits.cpu().to(torch.float64).log_softmax(-1)
     for index, entry in enumerate(pending.read()):
@@ -216,7 +235,7 @@ def test_a_gpu_is_not_waited_for_and_its_rows_do_not_depend_on_each_other() -> N
 @pytest.mark.gpu
 def test_processors_run_on_a_gpu() -> None:
     logits, token_ids, rows = batch(4)
-    found = sample_tokens(logits.cuda(), rows, token_ids=token_ids.cuda(), processors=PROCESSORS).tolist()
+    found = sample_tokens(logits.cuda(), rows, token_ids=token_ids.cuda(), processors=PROCESSORS, draw=draw).tolist()
     assert found == [reference_token(logits[i : i + 1], row, token_ids) for i, row in enumerate(rows)]
 
 
@@ -232,7 +251,7 @@ def test_sampling_stays_within_its_bytes(count: int) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        tokens = sample_tokens(logits, rows, token_ids=token_ids, processors={})
+        tokens = sample_tokens(logits, rows, token_ids=token_ids, processors={}, draw=draw)
         token_logprobs(logits, tokens, [20] * count)
         return torch.cuda.max_memory_allocated() - before
 
