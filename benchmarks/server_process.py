@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -156,6 +157,17 @@ def memory_of(pid: int) -> dict[str, int]:
     found["threads"] = len(os.listdir(f"/proc/{pid}/task"))
     found["descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
     return found
+
+
+def gpu_memory() -> dict[str, int]:
+    """ "gpu 0" -> bytes in use, of whatever process, in MiB; of each GPU that the driver lists. Empty without one."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return {}
+    words = [smi, "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    rows = (line.split(",") for line in done.stdout.splitlines())
+    return {f"gpu {int(index)}": int(mib) << 20 for index, mib in rows}
 
 
 def machine() -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """problem: why there is no whole answer. first_s, total_s: from the request's first byte sent to the first token
-    received, and to the end."""
+    received, and to the end. news: when each part of the answer was received, of `time.perf_counter()`."""
 
     name: str
     problem: str | None = None
@@ -54,6 +54,7 @@ class Outcome:
     num_tokens: int = 0
     first_s: float = math.nan
     total_s: float = math.nan
+    news: tuple[float, ...] = ()
 
 
 def make_question(name: str, *, size: tuple[int, int], kind: str, noise: float, max_tokens: int) -> Question:
@@ -202,8 +203,8 @@ def _outcome(name: str, parts: list[tuple[float, bytes]], *, began: float, total
         num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
     if "data: [DONE]" not in events[-2:]:
         return Outcome(name, "the stream ended before its end")
-    first = next((when for when, part in parts if b'"role"' not in part), parts[-1][0])
-    return Outcome(name, None, "".join(texts), num_tokens, first - began, total_s)
+    news = tuple(when for when, part in parts if b'"role"' not in part) or (parts[-1][0],)
+    return Outcome(name, None, "".join(texts), num_tokens, news[0] - began, total_s, news)
 
 
 def _post(path: str, body: bytes) -> bytes:

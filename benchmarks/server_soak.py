@@ -1,10 +1,13 @@
-"""How the memory of each of a server's processes grows with the requests that it has answered. Prints JSON.
+"""How the memory of each of a server's processes, and of each GPU, grows with the requests that it has answered, and
+the longest time in which no client heard anything. Prints JSON.
 
-Every request is about another small picture. The slope is that of a line through the resident memory over the number
-of requests answered (least squares), without the first ones, in which caches and heaps fill.
+Every request is about another picture. The slope is that of a line through the memory over the number of requests
+answered (least squares), without the first ones, in which caches and heaps fill.
 
     python benchmarks/server_soak.py
     python benchmarks/server_soak.py --executor ray --ranks 2 --out result.json
+    python benchmarks/server_soak.py --config GPU.yaml --model DIR --executor ray --seconds 480 --requests 1000000 \
+        --sizes 96x96 336x336 640x480 --max-tokens 4 32 128 --kind jpeg
 """
 
 from __future__ import annotations
@@ -14,25 +17,25 @@ import asyncio
 import datetime
 import itertools
 import json
+import math
 import os
 import re
 import signal
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from server_process import ServerProcess, add_server_flags, machine, memory_of, server_flags
+from server_process import ServerProcess, add_server_flags, gpu_memory, machine, memory_of, server_flags
 from server_requests import Client, Question, make_question, percentiles_ms
 
-SIZE = (96, 96)
 NOISE = 4.0
-MAX_TOKENS = (2, 3, 4)
 KINDS = ("rss", "pss", "uss")
 TARGET_BYTES = 1024
+TARGET_STALL_S = 1.0
 # The clients' process gives way to the server's.
 NICENESS = 10
 
@@ -55,47 +58,72 @@ class Soak:
         self._arguments = arguments
         self._questions = self._made()
         self.samples: dict[str, list[Sample]] = {}
+        self.gpu_samples: dict[str, list[tuple[int, int]]] = {}
+        self.news: list[float] = []
+        self.counts_from = 0.0
         self.held: list[dict[str, int]] = []
         self.problems: list[str] = []
         self.total_s: list[float] = []
         # Before `skip` requests are answered the clients ask all at once, so that the largest steps have been by then.
         self._wave = asyncio.Barrier(arguments.clients)
+        # Questions and looks take a thread's time, not that in which the clients hear.
+        self._making, self._looking = asyncio.Lock(), asyncio.Lock()
 
     async def run(self) -> None:
         arguments = self._arguments
-        self._look()
+        await self._look()
+        self.news.append(time.perf_counter())
+        self._end = self.news[0] + (math.inf if arguments.seconds is None else arguments.seconds)
         async with asyncio.timeout(arguments.limit_s):
             await asyncio.gather(*(self._client() for _ in range(arguments.clients)))
+        if not self.counts_from:
+            raise RuntimeError(f"{len(self.total_s)} requests were answered: must be more than --skip")
 
     def _made(self) -> Iterator[Question]:
-        for index in range(self._arguments.requests):
-            name = f"{self._arguments.seed}/{index}"
-            max_tokens = MAX_TOKENS[index % len(MAX_TOKENS)]
-            yield make_question(name, size=SIZE, kind="png", noise=NOISE, max_tokens=max_tokens)
+        arguments = self._arguments
+        mixed = itertools.cycle(itertools.product(arguments.max_tokens, arguments.sizes))
+        for index, (max_tokens, size) in zip(range(arguments.requests), mixed, strict=False):
+            if time.perf_counter() >= self._end:
+                return
+            name = f"{arguments.seed}/{index}"
+            yield make_question(name, size=size, kind=arguments.kind, noise=NOISE, max_tokens=max_tokens)
+
+    async def _question(self) -> Question | None:
+        async with self._making:
+            return await asyncio.to_thread(next, self._questions, None)
 
     async def _client(self) -> None:
         client = Client(self._server.port, timeout_s=self._arguments.timeout_s)
         try:
-            for question in self._questions:
+            while (question := await self._question()) is not None:
                 if len(self.total_s) < self._arguments.skip - self._arguments.clients:
                     with suppress(asyncio.BrokenBarrierError):
                         await self._wave.wait()
                 else:
                     await self._wave.abort()
+                    self.counts_from = self.counts_from or time.perf_counter()
                 outcome = await client.ask(question)
                 if outcome.problem is not None:
                     self.problems.append(f"{outcome.name}: {outcome.problem}")
                 self.total_s.append(outcome.total_s)
+                self.news += outcome.news
                 if len(self.total_s) % self._arguments.every == 0:
-                    self._look()
+                    await self._look()
         finally:
+            await self._wave.abort()  # whoever waits for this one
             await client.close()
 
-    def _look(self) -> None:
-        self.held.append({"answered": len(self.total_s)} | held_by(self._server.port))
+    async def _look(self) -> None:
+        async with self._looking:
+            await asyncio.to_thread(self._note_memory, len(self.total_s))
+
+    def _note_memory(self, answered: int) -> None:
+        self.held.append({"answered": answered} | held_by(self._server.port))
         for name, pid in self._server.processes().items():
             with suppress(OSError):  # it has just ended
-                self.samples.setdefault(name, []).append((len(self.total_s), memory_of(pid)))
+                self.samples.setdefault(name, []).append((answered, memory_of(pid)))
+        for name, used in gpu_memory().items():
+            self.gpu_samples.setdefault(name, []).append((answered, used))
 
 
 def held_by(port: int) -> dict[str, int]:
@@ -144,6 +172,31 @@ def _by_part(samples: Sequence[Sample], part: int) -> dict[str, float | None]:
     raise AssertionError("unreachable")
 
 
+def gpu_growth(samples: Sequence[tuple[int, int]], *, skip: int) -> dict[str, Any]:
+    """Of one GPU, whose memory is told in MiB."""
+    line = line_through([sample for sample in samples if sample[0] >= skip])
+    return {
+        "bytes_a_request": None if line is None else round(line[0], 1),
+        "standard_error": None if line is None else round(line[1], 1),
+        "first_and_last": [samples[0][1], samples[-1][1]],
+        "samples": [list(sample) for sample in samples],
+    }
+
+
+def gpus_met(gpus: Mapping[str, dict[str, Any]]) -> dict[str, bool]:
+    """Nothing where there is no GPU."""
+    slopes = [gpu["bytes_a_request"] for gpu in gpus.values()]
+    is_met = None not in slopes and all(slope < TARGET_BYTES for slope in slopes)
+    return {f"slope of GPU memory under {TARGET_BYTES} bytes a request": is_met} if gpus else {}
+
+
+def longest_stalls(news: Sequence[float], *, since: float, count: int = 5) -> list[dict[str, float]]:
+    """The longest times in which nobody heard anything, and when after `since` each began, those before it left out."""
+    ordered = sorted(news)
+    pairs = [(after - before, before - since) for before, after in itertools.pairwise(ordered) if before >= since]
+    return [{"ms": round(1e3 * gap, 1), "at_s": round(at, 1)} for gap, at in sorted(pairs, reverse=True)[:count]]
+
+
 def report(arguments: argparse.Namespace) -> dict[str, Any]:
     ran_on = machine()
     with ServerProcess(server_flags(arguments), start_s=arguments.start_s) as server:
@@ -152,24 +205,30 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
         began = time.monotonic()
         asyncio.run(soak.run())
         seconds = time.monotonic() - began
-    part = max(arguments.every, arguments.requests // 5)
+    stalls = longest_stalls(soak.news, since=soak.counts_from)
+    gpus = {name: gpu_growth(samples, skip=arguments.skip) for name, samples in soak.gpu_samples.items()}
+    part = max(arguments.every, len(soak.total_s) // 5)
     processes = {name: growth(samples, skip=arguments.skip, part=part) for name, samples in soak.samples.items()}
     slopes = [process["rss_bytes_a_request"] for process in processes.values()]
     return {
         "date": datetime.date.today().isoformat(),
         "machine": ran_on,
-        "settings": vars(arguments) | {"size": SIZE, "max_tokens": MAX_TOKENS},
-        "answered": arguments.requests - len(soak.problems),
+        "settings": vars(arguments),
+        "answered": len(soak.total_s) - len(soak.problems),
         "lost": len(soak.problems),
         "problems": soak.problems[:10],
         "seconds": round(seconds, 1),
         "whole_answer": percentiles_ms(soak.total_s),
+        "longest_stalls": stalls,
         "processes": processes,
+        "gpus": gpus,
         "met": {
             f"slope of resident memory under {TARGET_BYTES} bytes a request": None not in slopes
             and all(slope < TARGET_BYTES for slope in slopes),
+            f"no stall over {TARGET_STALL_S:g} s": bool(stalls) and stalls[0]["ms"] <= 1e3 * TARGET_STALL_S,
             "no request lost": not soak.problems,
-        },
+        }
+        | gpus_met(gpus),
         "samples": {
             name: [[requests, *(memory[kind] for kind in KINDS)] for requests, memory in samples]
             for name, samples in soak.samples.items()
@@ -178,10 +237,20 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def size(text: str) -> tuple[int, int]:
+    """Reads "640x480"."""
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_server_flags(parser)
     parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--seconds", type=float, help="after which no more requests begin")
+    parser.add_argument("--sizes", type=size, nargs="+", default=[(96, 96)], metavar="WxH", help="pictures, in turns")
+    parser.add_argument("--kind", choices=("png", "jpeg"), default="png", help="of the pictures' files")
+    parser.add_argument("--max-tokens", type=int, nargs="+", default=[2, 3, 4], help="of the answers, in turns")
     parser.add_argument("--clients", type=int, default=16, help="at once")
     parser.add_argument("--skip", type=int, default=1000, help="requests at the beginning that do not count")
     parser.add_argument("--every", type=int, default=100, help="requests between two looks at the memory")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dist_vlm.config import ConfigError
 from dist_vlm.config_load import add_config_flags, config_flags, load_config
-from dist_vlm.launch import bench_latency, bench_startup, bench_steps, bench_throughput
+from dist_vlm.launch import bench_all, bench_latency, bench_startup, bench_steps, bench_throughput
+from dist_vlm.launch.bench_engine import started_engine
 from dist_vlm.launch.bench_figures import table
+from dist_vlm.launch.bench_files import Target
+from dist_vlm.launch.bench_task import Task
 
 if TYPE_CHECKING:
     from dist_vlm.config import EngineConfig
@@ -24,6 +26,7 @@ MEASUREMENTS: dict[str, ModuleType] = {
     "throughput": bench_throughput,
     "latency": bench_latency,
     "steps": bench_steps,
+    "all": bench_all,
     "startup": bench_startup,
 }
 
@@ -55,44 +58,66 @@ def add_command(commands: Any) -> None:
         )
         parser.add_argument("--config", metavar="FILE", help="YAML file; without it --model is needed")
         module.add_flags(parser)
-        parser.add_argument("--out", metavar="FILE", help="also write the figures there, as JSON")
-        parser.add_argument("--plot", metavar="FILE.svg", help="also draw them there")
+        if module is bench_all:
+            parser.add_argument("--out", metavar="DIR", help="also write the figures there, as NAME.json")
+            parser.add_argument("--plot", metavar="DIR", help="also draw them there, as NAME.svg")
+        else:
+            parser.add_argument("--out", metavar="FILE", help="also write the figures there, as JSON")
+            parser.add_argument("--plot", metavar="FILE.svg", help="also draw them there")
         parser.add_argument("--commit", metavar="TEXT", help="what the JSON calls the code (what git says)")
         add_config_flags(parser)
     bench.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    module = MEASUREMENTS[arguments.measurement]
     config = load_config(arguments.config, config_flags(arguments)).resolve()
-    chosen = module.settings(arguments)
-    module.check(config, chosen)
-    _check_files(arguments)
-    rates = _rates(config, module)
-    report: Report = module.measure(config, chosen, rates)
-    print(table(report.figures))
-    if arguments.out is not None:
-        _write_json(arguments, config, report, chosen=chosen, rates=rates)
-    if arguments.plot is not None:
-        _write_plot(arguments, config, report)
+    tasks = _tasks(arguments)
+    for task in tasks:
+        task.check(config)
+    out, plot = _target(arguments, "--out", ".json"), _target(arguments, "--plot", ".svg")
+    starts = arguments.measurement == "startup"
+    # Nothing of a start is compared with them.
+    rates = None if starts else _rates(config)
+    for task, report in _started(tasks, config) if starts else _measured(tasks, config, rates):
+        print(table(report.figures) if len(tasks) == 1 else f"{task.name}:\n{table(report.figures)}", flush=True)
+        if out is not None:
+            out.write(task.name, _json(task, config, report, rates=rates, commit=arguments.commit))
+        if plot is not None:
+            plot.write(task.name, _plot(task, config, report))
 
 
-def _check_files(arguments: argparse.Namespace) -> None:
-    """Raises `ConfigError` for files that could not be written once all is measured."""
-    for flag, path in (("--out", arguments.out), ("--plot", arguments.plot)):
-        if path is None:
-            continue
-        if not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
-            raise ConfigError("must be a file in an existing directory", field=flag[2:], value=path, source=flag)
-    if arguments.plot is not None and not arguments.plot.endswith(".svg"):
-        raise ConfigError(
-            "must end in .svg: no other form is drawn", field="plot", value=arguments.plot, source="--plot"
-        )
+def _tasks(arguments: argparse.Namespace) -> list[Task]:
+    if arguments.measurement == "all":
+        return bench_all.tasks(arguments)
+    module = MEASUREMENTS[arguments.measurement]
+    return [Task(arguments.measurement, module, module.settings(arguments))]
 
 
-def _rates(config: EngineConfig, module: ModuleType) -> DeviceRates | None:
-    """None on a CPU, and where nothing is compared with them."""
-    if config.parallel.device != "cuda" or module is bench_startup:
+def _target(arguments: argparse.Namespace, flag: str, ending: str) -> Target | None:
+    path = getattr(arguments, flag.removeprefix("--"))
+    if path is None:
+        return None
+    target = Target(flag, path, ending, is_folder=arguments.measurement == "all")
+    target.check()
+    return target
+
+
+def _started(tasks: list[Task], config: EngineConfig) -> Iterator[tuple[Task, Report]]:
+    """Of those that start a process of their own."""
+    for task in tasks:
+        yield task, bench_startup.measure(config, task.chosen)
+
+
+def _measured(tasks: list[Task], config: EngineConfig, rates: DeviceRates | None) -> Iterator[tuple[Task, Report]]:
+    """Each as soon as it is there: the next may fail."""
+    with started_engine(config, rates) as engine:
+        for task in tasks:
+            yield task, task.measure(engine)
+
+
+def _rates(config: EngineConfig) -> DeviceRates | None:
+    """None on a CPU."""
+    if config.parallel.device != "cuda":
         return None
     from dist_vlm.launch.bench_rates import measured_rates
 
@@ -102,21 +127,15 @@ def _rates(config: EngineConfig, module: ModuleType) -> DeviceRates | None:
     return rates
 
 
-def _write_json(
-    arguments: argparse.Namespace, config: EngineConfig, report: Report, *, chosen: Any, rates: DeviceRates | None
-) -> None:
+def _json(task: Task, config: EngineConfig, report: Report, *, rates: DeviceRates | None, commit: str | None) -> str:
     from dist_vlm.launch.bench_record import record
 
-    found = (
-        record(arguments.measurement, config, settings=asdict(chosen), rates=rates, commit=arguments.commit)
-        | report.as_json()
-    )
-    Path(arguments.out).write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    found = record(task.name, config, settings=asdict(task.chosen), rates=rates, commit=commit) | report.as_json()
+    return json.dumps(found, indent=2, allow_nan=False) + "\n"
 
 
-def _write_plot(arguments: argparse.Namespace, config: EngineConfig, report: Report) -> None:
+def _plot(task: Task, config: EngineConfig, report: Report) -> str:
     from dist_vlm.launch.bench_plot import svg
 
     name = os.path.basename(os.path.normpath(config.model.model))
-    title = f"{arguments.measurement}: {name}, {config.model.dtype}, {config.parallel.device}"
-    Path(arguments.plot).write_text(svg(title, report.figures), encoding="utf-8")
+    return svg(f"{task.name}: {name}, {config.model.dtype}, {config.parallel.device}", report.figures)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,39 @@ class TimedEngine:
         return Timed(seconds, outputs)
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredEngine:
+    """A started engine, for any number of measurements. config: resolved. floor: None without rates."""
+
+    config: EngineConfig
+    llm: LLM
+    floor: Floor | None
+
+    def timed(self) -> TimedEngine:
+        return TimedEngine(self.llm)
+
+    def facts(self) -> dict[str, Any]:
+        """What the ranks told of themselves, for the record; rank 0's, where it is the same on all."""
+        info = self.llm.executor_info
+        first = info.reports[0]
+        return {
+            "kv_blocks": info.num_blocks,
+            "language_parameters": [one.num_language_parameters for one in info.reports],
+            "vision_parameters": first.num_vision_parameters,
+            "weight_bytes": [one.weight_bytes for one in info.reports],
+            "kernels": first.kernels,
+        }
+
+
+@contextmanager
+def started_engine(config: EngineConfig, rates: DeviceRates | None) -> Iterator[MeasuredEngine]:
+    """config: resolved."""
+    from dist_vlm import LLM
+
+    with LLM.from_config(config) as llm:
+        yield MeasuredEngine(config, llm, _floor_of(config, llm, rates))
+
+
 def greedy(num_tokens: int) -> SamplingParams:
     from dist_vlm import SamplingParams
 
@@ -93,27 +127,13 @@ def check_output(output: RequestOutput, num_tokens: int) -> None:
         raise RuntimeError(f"request {output.request_id} has {found} tokens: must have {num_tokens}")
 
 
-def floor_of(config: EngineConfig, llm: LLM, rates: DeviceRates | None) -> Floor | None:
-    """None without rates."""
+def _floor_of(config: EngineConfig, llm: LLM, rates: DeviceRates | None) -> Floor | None:
     if rates is None:
         return None
     from dist_vlm.launch.bench_floor import Floor
     from dist_vlm.workers.models import read_spec
 
     return Floor.of(config, read_spec(config.model.model), llm.executor_info, rates)
-
-
-def engine_facts(llm: LLM) -> dict[str, Any]:
-    """What the ranks told of themselves, for the record; rank 0's, where it is the same on all."""
-    info = llm.executor_info
-    first = info.reports[0]
-    return {
-        "kv_blocks": info.num_blocks,
-        "language_parameters": [one.num_language_parameters for one in info.reports],
-        "vision_parameters": first.num_vision_parameters,
-        "weight_bytes": [one.weight_bytes for one in info.reports],
-        "kernels": first.kernels,
-    }
 
 
 def check_pictures_fit(config: EngineConfig, *, num_tokens: int) -> None:

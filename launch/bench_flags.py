@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any, Protocol
 
 Parse = Callable[[str], int]
+
+
+class Flags(Protocol):
+    """What a measurement adds its flags to."""
+
+    def add_argument(self, *names: str, **options: Any) -> Any: ...
 
 
 def whole(low: int) -> Parse:

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dist_vlm.launch.bench_engine import TimedEngine, check_pictures_fit, engine_facts, floor_of
+from dist_vlm.launch.bench_engine import MeasuredEngine, TimedEngine, check_pictures_fit
 from dist_vlm.launch.bench_figures import Figure, Report, spread_ms
-from dist_vlm.launch.bench_flags import whole
-from dist_vlm.launch.bench_workload import SIZES, WARM_UP, request
+from dist_vlm.launch.bench_flags import Flags, whole
+from dist_vlm.launch.bench_workload import LATENCY, SIZES, WARM_UP, request
 
 if TYPE_CHECKING:
     from dist_vlm.config import EngineConfig
     from dist_vlm.launch.bench_floor import Floor
-    from dist_vlm.launch.bench_rates import DeviceRates
 
 HELP = "one request at a time: time to the first token, and for each further one"
 TEXT = f"""\
@@ -46,7 +45,7 @@ class Round:
     per_token_s: float
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Flags) -> None:
     parser.add_argument("--rounds", type=whole(1), default=10, metavar="N", help="pairs of requests (10)")
     parser.add_argument("--output-tokens", type=whole(2), default=128, metavar="N", help="tokens of each answer (128)")
     parser.add_argument("--warm-up", type=whole(1), default=3, metavar="N", help="pairs before the measured ones (3)")
@@ -60,18 +59,14 @@ def check(config: EngineConfig, chosen: Settings) -> None:
     check_pictures_fit(config, num_tokens=chosen.output_tokens)
 
 
-def measure(config: EngineConfig, chosen: Settings, rates: DeviceRates | None) -> Report:
-    from dist_vlm import LLM
-
-    with LLM.from_config(config) as llm:
-        floor, facts = floor_of(config, llm, rates), engine_facts(llm)
-        engine = TimedEngine(llm)
-        run_rounds(engine, chosen.warm_up, num_tokens=chosen.output_tokens, first=WARM_UP)
-        rounds = run_rounds(engine, chosen.rounds, num_tokens=chosen.output_tokens)
-    return report(rounds, floor, num_tokens=chosen.output_tokens).also(engine=facts)
+def measure(engine: MeasuredEngine, chosen: Settings) -> Report:
+    timed, num_tokens = engine.timed(), chosen.output_tokens
+    run_rounds(timed, chosen.warm_up, num_tokens=num_tokens, first=LATENCY + WARM_UP)
+    rounds = run_rounds(timed, chosen.rounds, num_tokens=num_tokens, first=LATENCY)
+    return report(rounds, engine.floor, num_tokens=num_tokens).also(engine=engine.facts())
 
 
-def run_rounds(engine: TimedEngine, count: int, *, num_tokens: int, first: int = 0) -> list[Round]:
+def run_rounds(engine: TimedEngine, count: int, *, num_tokens: int, first: int) -> list[Round]:
     """first: number of the first request; the pictures of the second calls follow on those of the first ones."""
     apart = -(-count // len(SIZES)) * len(SIZES)  # a multiple of the sizes, so that both pictures have the same
     rounds = []

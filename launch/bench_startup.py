@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from dist_vlm.launch.bench_engine import check_pictures_fit
 from dist_vlm.launch.bench_figures import Figure, Report, percentile, rounded
-from dist_vlm.launch.bench_flags import whole
+from dist_vlm.launch.bench_flags import Flags, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dist_vlm.config import EngineConfig
-    from dist_vlm.launch.bench_rates import DeviceRates
 
 HELP = "from the start of a process to the first token, and the longest stall after it"
 TEXT = """\
@@ -56,7 +55,7 @@ class Started:
     stages: dict[str, float]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Flags) -> None:
     parser.add_argument("--requests", type=whole(1), default=200, metavar="N", help="requests after the first (200)")
     parser.add_argument("--in-flight", type=whole(1), default=8, metavar="N", help="of them at the same time (8)")
     parser.add_argument("--output-tokens", type=whole(1), default=64, metavar="N", help="tokens of each answer (64)")
@@ -70,8 +69,7 @@ def check(config: EngineConfig, chosen: Settings) -> None:
     check_pictures_fit(config, num_tokens=chosen.output_tokens)
 
 
-def measure(config: EngineConfig, chosen: Settings, rates: DeviceRates | None) -> Report:
-    """The rates say nothing about a start."""
+def measure(config: EngineConfig, chosen: Settings) -> Report:
     with tempfile.TemporaryDirectory(prefix="dist-vlm-bench-") as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
         job.write_text(json.dumps({"config": config.fields(), "settings": asdict(chosen)}), encoding="utf-8")

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.config import ConfigError
-from dist_vlm.launch.bench_engine import TimedEngine, engine_facts, floor_of
+from dist_vlm.launch.bench_engine import MeasuredEngine, TimedEngine
 from dist_vlm.launch.bench_figures import Figure, Report, spread_ms
-from dist_vlm.launch.bench_flags import several, two_lengths, whole
+from dist_vlm.launch.bench_flags import Flags, several, two_lengths, whole
 from dist_vlm.launch.bench_workload import NUM_WORDS, WARM_UP, token_prompt
 
 if TYPE_CHECKING:
-    from dist_vlm import LLM
     from dist_vlm.config import EngineConfig
     from dist_vlm.inputs import TokensPrompt
     from dist_vlm.launch.bench_floor import Floor
-    from dist_vlm.launch.bench_rates import DeviceRates
 
 HELP = "a decode step of text, by batch"
 TEXT = """\
@@ -42,7 +40,7 @@ class Settings:
     rounds: int
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Flags) -> None:
     parser.add_argument(
         "--batches", type=several, default=(1, 16, 64, 256), metavar="N,N", help="sequences of a step (1,16,64,256)"
     )
@@ -76,25 +74,21 @@ def _refuse(problem: str, flag: str, value: int) -> None:
     raise ConfigError(problem, field=flag, value=value, source=f"--{flag}")
 
 
-def measure(config: EngineConfig, chosen: Settings, rates: DeviceRates | None) -> Report:
-    from dist_vlm import LLM
-
-    with LLM.from_config(config) as llm:
-        _check_cache(llm, config, chosen)
-        floor, facts = floor_of(config, llm, rates), engine_facts(llm)
-        engine, tokenizer = TimedEngine(llm), llm.get_tokenizer()
-        prompts = Prompts(tokenizer, num_tokens=chosen.prompt_tokens)
-        warm_up = Prompts(tokenizer, num_tokens=chosen.prompt_tokens, first=WARM_UP)
-        steps = {}
-        for batch in chosen.batches:
-            engine.run(warm_up.take(batch), chosen.tokens[0])
-            steps[batch] = step_times(engine, prompts, batch, chosen)
-    return report(steps, floor, chosen).also(engine=facts)
+def measure(engine: MeasuredEngine, chosen: Settings) -> Report:
+    _check_cache(engine, chosen)
+    timed, tokenizer = engine.timed(), engine.llm.get_tokenizer()
+    prompts = Prompts(tokenizer, num_tokens=chosen.prompt_tokens)
+    warm_up = Prompts(tokenizer, num_tokens=chosen.prompt_tokens, first=WARM_UP)
+    steps = {}
+    for batch in chosen.batches:
+        timed.run(warm_up.take(batch), chosen.tokens[0])
+        steps[batch] = step_times(timed, prompts, batch, chosen)
+    return report(steps, engine.floor, chosen).also(engine=engine.facts())
 
 
-def _check_cache(llm: LLM, config: EngineConfig, chosen: Settings) -> None:
+def _check_cache(engine: MeasuredEngine, chosen: Settings) -> None:
     """Raises `ConfigError` where the largest batch would not stay in the KV cache."""
-    block, blocks = config.cache.block_size, llm.executor_info.num_blocks
+    block, blocks = engine.config.cache.block_size, engine.llm.executor_info.num_blocks
     needed = max(chosen.batches) * -(-(chosen.prompt_tokens + chosen.tokens[1]) // block)
     if needed > blocks:
         problem = f"needs {needed} blocks of {block} tokens, and the KV cache has {blocks}"

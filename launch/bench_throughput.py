@@ -6,15 +6,14 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dist_vlm.launch.bench_engine import Timed, TimedEngine, check_pictures_fit, engine_facts, floor_of
+from dist_vlm.launch.bench_engine import MeasuredEngine, Timed, check_pictures_fit
 from dist_vlm.launch.bench_figures import Figure, Report, percentile, rounded, spread_ms
-from dist_vlm.launch.bench_flags import whole
-from dist_vlm.launch.bench_workload import WARM_UP, requests
+from dist_vlm.launch.bench_flags import Flags, whole
+from dist_vlm.launch.bench_workload import THROUGHPUT, WARM_UP, requests
 
 if TYPE_CHECKING:
     from dist_vlm.config import EngineConfig
     from dist_vlm.launch.bench_floor import Floor
-    from dist_vlm.launch.bench_rates import DeviceRates
 
 HELP = "many requests at once: requests and tokens in a second"
 TEXT = """\
@@ -32,7 +31,7 @@ class Settings:
     warm_up: int
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Flags) -> None:
     parser.add_argument("--requests", type=whole(1), default=512, metavar="N", help="requests (512)")
     parser.add_argument("--output-tokens", type=whole(1), default=128, metavar="N", help="tokens of each answer (128)")
     parser.add_argument("--warm-up", type=whole(1), default=64, metavar="N", help="requests before the measured (64)")
@@ -46,18 +45,15 @@ def check(config: EngineConfig, chosen: Settings) -> None:
     check_pictures_fit(config, num_tokens=chosen.output_tokens)
 
 
-def measure(config: EngineConfig, chosen: Settings, rates: DeviceRates | None) -> Report:
-    from dist_vlm import LLM
-
-    with LLM.from_config(config) as llm:
-        floor, facts = floor_of(config, llm, rates), engine_facts(llm)
-        engine = TimedEngine(llm)
-        warm_up = requests(range(WARM_UP, WARM_UP + chosen.warm_up))
-        engine.run(warm_up[:1], chosen.output_tokens)  # alone: the smallest batches
-        if warm_up[1:]:
-            engine.run(warm_up[1:], chosen.output_tokens)
-        timed = engine.run(requests(range(chosen.requests)), chosen.output_tokens)
-    return report(timed, floor, batch=min(chosen.requests, config.scheduler.max_num_seqs)).also(engine=facts)
+def measure(engine: MeasuredEngine, chosen: Settings) -> Report:
+    timed, num_tokens = engine.timed(), chosen.output_tokens
+    warm_up = requests(range(THROUGHPUT + WARM_UP, THROUGHPUT + WARM_UP + chosen.warm_up))
+    timed.run(warm_up[:1], num_tokens)  # alone: the smallest batches
+    if warm_up[1:]:
+        timed.run(warm_up[1:], num_tokens)
+    found = timed.run(requests(range(THROUGHPUT, THROUGHPUT + chosen.requests)), num_tokens)
+    batch = min(chosen.requests, engine.config.scheduler.max_num_seqs)
+    return report(found, engine.floor, batch=batch).also(engine=engine.facts())
 
 
 def report(timed: Timed, floor: Floor | None, *, batch: int) -> Report:

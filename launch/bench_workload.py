@@ -20,7 +20,9 @@ _WORDS = (
 )  # fmt: skip
 # Pictures of noise are made this much smaller, so that they have structure at the size of a patch.
 _SHRINK = 16
-# What warms up has numbers that no measured request has.
+# Numbers of the first request of each measurement: an engine that serves several has seen none of the next one's.
+THROUGHPUT, LATENCY = 0, 300_000
+# What warms up has numbers that no measured request has: this much above theirs.
 WARM_UP = 1_000_000
 
 

@@ -8,6 +8,7 @@ The directory has the layout of llava-hf/llava-1.5-7b-hf and loads with
     python make_llava.py --preset tiny  --out peers-run/tiny
     python make_llava.py --preset small --out peers-run/small
     python make_llava.py --preset 7b    --out peers-run/7b --config-only
+    python make_llava.py --preset 70b   --out peers-run/70b --config-only
 
 Needs: tokenizers (always); torch + safetensors (only to write weights).
 Every tensor is seeded by its own name, so the values do not depend on the
@@ -70,6 +71,27 @@ PRESETS = {
             num_hidden_layers=32,
             num_attention_heads=32,
             num_key_value_heads=32,
+            head_dim=128,
+        ),
+        vision=dict(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        ),
+        max_pos=4096,
+    ),
+    # The language model is that of Llama 2 70B; bfloat16 weights have 138 GB.
+    "70b": dict(
+        dtype="bfloat16",
+        text=dict(
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
             head_dim=128,
         ),
         vision=dict(

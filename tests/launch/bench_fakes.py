@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_vlm import SamplingParams
+from dist_vlm.executor.base import ExecutorInfo
 from dist_vlm.launch.bench_engine import TimedEngine
 from dist_vlm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from dist_vlm.workers.config import LoadReport
 
 
 class Words:
@@ -31,6 +33,10 @@ class SlowLLM:
     change: Callable[[RequestOutput], None] = lambda output: None
     now: float = 1000.0
     calls: list[tuple[list[Any], SamplingParams]] = field(default_factory=list)
+    executor_info = ExecutorInfo(1000, (LoadReport(0, 3, 2, 5, 0, 1, 1000, {}, 0),))
+
+    def get_tokenizer(self) -> Words:
+        return Words()
 
     def generate(self, prompts: Sequence[Any], params: SamplingParams, *, use_tqdm: bool) -> list[RequestOutput]:
         assert not use_tqdm

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from dist_vlm import LLM
 from dist_vlm.config import RULES, EngineConfig
 from dist_vlm.config_load import flag_of
 from dist_vlm.executor.base import ExecutorInfo
@@ -26,6 +27,7 @@ TINY = {
     "steps": ["--batches", "1,3", "--prompt-tokens", "8", "--tokens", "6,9", "--rounds", "1"],
     "startup": ["--requests", "4", "--in-flight", "2", "--output-tokens", "3"],
 }
+TINY["all"] = [word.replace("--", f"--{name}-") for name in ("latency", "steps", "throughput") for word in TINY[name]]
 FIGURES = {
     "throughput": {"requests_per_s", "output_tokens_per_s", "prompt_tokens_per_s", "seconds"},
     "latency": {
@@ -41,6 +43,10 @@ def measured(name: str, model: Path, folder: Path, *words: str) -> dict[str, Any
     out, plot = folder / "out.json", folder / "plot.svg"
     files = ["--out", str(out), "--plot", str(plot), "--commit", "abc"]
     assert cli.main(["bench", name, "--model", str(model), *INLINE, *TINY[name], *files, *words]) == 0
+    return written(name, out, plot)
+
+
+def written(name: str, out: Path, plot: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(out.read_text())
     assert (found["benchmark"], found["commit"], found["device_rates"]) == (name, "abc", None)
     assert found["config"]["executor"] == "inline"
@@ -96,6 +102,37 @@ def test_steps_are_told_by_batch_also_of_a_model_without_weights(tiny_facts: Pat
     assert {batch: one["count"] for batch, one in found["by_batch"].items()} == {"1": 1, "3": 1}
 
 
+def test_all_of_one_engine_write_what_each_writes_alone(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines, start = [], LLM.from_config
+    monkeypatch.setattr(LLM, "from_config", lambda config: engines.append(start(config)) or engines[-1])
+    folder = tmp_path / "new"
+    files = ["--out", str(folder), "--plot", str(folder), "--commit", "abc"]
+    assert cli.main(["bench", "all", "--model", str(tiny_checkpoint), *INLINE, *TINY["all"], *files]) == 0
+    (engine,) = engines
+    with pytest.raises(RuntimeError, match="shut down"):
+        engine.generate("a")
+    names = ["latency", "steps", "throughput"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{n}.{e}" for n in names for e in ("json", "svg"))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith(":")]
+    assert told == [f"{name}:" for name in names]
+    for name in names:
+        found = written(name, folder / f"{name}.json", folder / f"{name}.svg")
+        alone = measured(name, tiny_checkpoint, tmp_path)
+        assert found.keys() == alone.keys()
+        assert found["settings"] == alone["settings"]
+        assert found["engine"] == alone["engine"]
+    # Pictures of the latencies are none of these, and so are the prompts.
+    assert json.loads((folder / "throughput.json").read_text())["cached_prompt_tokens"] == 0
+
+
+def test_of_all_some_are_left_out(tiny_facts: Path, tmp_path: Path) -> None:
+    words = ["--model", str(tiny_facts), "--executor", "fake", "--device", "cpu", "--only", "throughput,latency"]
+    assert cli.main(["bench", "all", *words, *TINY["all"], "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latency.json", "throughput.json"]
+
+
 def test_a_start_is_that_of_a_process_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -> None:
     found = measured("startup", tiny_checkpoint, tmp_path)
     assert 0 < values(found)["ready"] < values(found)["first_token"] <= found["first_answer_s"]
@@ -136,6 +173,11 @@ def test_on_a_gpu_figures_stand_beside_the_floors_of_the_rates(
         (["steps", "--plot", "a.png"], "--plot = 'a.png': must end in .svg"),
         (["steps", "--out", "/absent/a.json"], "--out = '/absent/a.json': must be a file in an existing directory"),
         (["steps", "--batch", "1"], "unknown flag --batch; the nearest is --batches"),
+        (["all", "--only", "steps,startup"], "argument --only: 'startup': must be of latency, steps, throughput"),
+        (["all", "--steps-batches", "300"], "--steps-batches = 300: must be at most scheduler.max_num_seqs"),
+        (["all", "--throughput-output-tokens", "9000"], "--throughput-output-tokens = 9000: must be at most 1984"),
+        (["all", "--latency-rounds", "x"], "argument --latency-rounds: 'x': must be an integer"),
+        (["all", "--out", "/absent/a"], "--out = '/absent/a': must be a directory, or a new one in another (No such"),
         (["step"], "invalid choice: 'step'"),
         ([], "the following arguments are required: MEASUREMENT"),
     ],
@@ -157,7 +199,10 @@ def test_a_cache_too_small_for_a_batch_is_refused_by_its_size(
     words = ["--model", str(tiny_facts), "--executor", "fake", "--device", "cpu", "--num-gpu-blocks-override", "130"]
     assert cli.main(["bench", "steps", *words, "--batches", "16"]) == 2
     # 32 + 160 tokens are 12 blocks.
-    assert "--batches = 16: needs 192 blocks of 16 tokens, and the KV cache has 130" in capsys.readouterr().err
+    needed = "batches = 16: needs 192 blocks of 16 tokens, and the KV cache has 130"
+    assert f"--{needed}" in capsys.readouterr().err
+    assert cli.main(["bench", "all", *words, "--only", "steps", "--steps-batches", "16"]) == 2
+    assert f"--steps-{needed}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list(TINY))
@@ -171,7 +216,8 @@ def test_each_measurement_takes_every_field_as_a_flag_and_its_own(name: str) -> 
     assert fields <= found
     own = {flag for flag in found if flag.startswith("--") and not flag.startswith("--no-")} - fields
     numbers = {word for word in TINY[name] if word.startswith("--")}
-    assert own == numbers | {"--help", "--config", "--out", "--plot", "--commit"}
+    only = {"--only"} if name == "all" else set()
+    assert own == numbers | only | {"--help", "--config", "--out", "--plot", "--commit"}
 
 
 def test_a_look_costs_no_heavy_import() -> None:

@@ -34,11 +34,11 @@ def test_the_start_counts_from_the_process_and_a_stall_from_any_news_to_the_next
 def test_a_start_that_fails_says_why() -> None:
     config = EngineConfig.from_fields(model="/absent/model", executor="inline", device="cpu")
     with pytest.raises(RuntimeError, match="the started process failed: .*/absent/model"):
-        measure(config, Settings(1, 1, 1), None)
+        measure(config, Settings(1, 1, 1))
 
 
 def test_a_process_that_leaves_nothing_behind_is_told_by_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_vlm.launch.bench_startup._CHILD", "dist_vlm.launch.no_such_module")
     config = EngineConfig.from_fields(model="/absent/model", executor="inline", device="cpu")
     with pytest.raises(RuntimeError, match="the started process ended with status 1"):
-        measure(config, Settings(1, 1, 1), None)
+        measure(config, Settings(1, 1, 1))

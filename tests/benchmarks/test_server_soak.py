@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import server_soak
+from server_requests import _outcome
+
+
+def test_the_longest_stalls_are_those_of_all_clients_together_and_not_before_they_count() -> None:
+    # Of two clients, one after the other: between 3 and 7 the first one heard something at 5.
+    news = [0.0, 2.9, 3.0, 7.0, 7.5, 5.0, 7.2]
+    found = server_soak.longest_stalls(news, since=3.0, count=3)
+    assert found == [{"ms": 2000, "at_s": 2.0}, {"ms": 2000, "at_s": 0.0}, {"ms": 300, "at_s": 4.2}]
+    assert server_soak.longest_stalls(news, since=0.0, count=1) == [{"ms": 2900, "at_s": 0.0}]
+
+
+def test_the_growth_of_a_gpu_is_a_slope_without_the_first_requests() -> None:
+    samples = [(0, 5), (100, 1000), (200, 1200), (300, 1400)]
+    found = server_soak.gpu_growth(samples, skip=100)
+    assert (found["bytes_a_request"], found["standard_error"]) == (2.0, 0.0)
+    assert found["first_and_last"] == [5, 1400]
+    assert server_soak.gpu_growth(samples, skip=200)["bytes_a_request"] is None, "two points say nothing of noise"
+
+
+@pytest.mark.parametrize(("slopes", "met"), [([], {}), ([0.0, 5.0], True), ([0.0, 2000.0], False), ([None], False)])
+def test_gpus_are_judged_where_there_are_any(slopes: list[float | None], met: object) -> None:
+    found = server_soak.gpus_met({str(index): {"bytes_a_request": slope} for index, slope in enumerate(slopes)})
+    assert found == ({} if met == {} else {"slope of GPU memory under 1024 bytes a request": met})
+
+
+def test_an_outcome_has_the_moments_of_its_parts() -> None:
+    begin = b'data: {"choices": [{"delta": {"role": "assistant"}}]}\n\n'
+    word = b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'
+    parts = [(1.0, begin), (2.0, word), (2.5, word + b"data: [DONE]\n\n")]
+    outcome = _outcome("one", parts, began=0.5, total_s=2.0)
+    assert (outcome.problem, outcome.text, outcome.first_s, outcome.news) == (None, "aa", 1.5, (2.0, 2.5))
