@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from profiling_runner import WISH
-from timeline import Event, short, timeline
-from transformers import PreTrainedTokenizerFast  # noqa: F401 - whole, before two threads ask for parts of it
+from timeline import Event, timeline
 
 from dist_vlm import LLM
 from dist_vlm.config import ConfigError, EngineConfig
@@ -37,7 +36,7 @@ from dist_vlm.workers.models import read_spec
 
 RUNNER = "profiling_runner:ProfilingRunner"
 # Short names: of the kernel that finds a step's tokens, and of the one that chooses the next.
-FIRST, LAST = ("_decode_inputs_kernel", "_kernel"), "_greedy_kernel"
+FIRST, LAST = "_decode_inputs_kernel", "_greedy_kernel"
 # Of a trace: what ran on the device, which is a CPU's operators where there is no other.
 CATEGORIES = {"cuda": ("kernel", "gpu_memcpy", "gpu_memset"), "cpu": ("cpu_op",)}
 # Steps of a profile at whose beginning the profiler may still be starting.
@@ -89,9 +88,7 @@ def tables(folder: Path, device: str, arguments: argparse.Namespace) -> list[dic
         if not facts.exists():
             raise RuntimeError(f"there were never {arguments.skip + 2 * arguments.steps} steps of {batch} in turn")
         events = list(events_of(folder / f"{batch}.trace.json", device))
-        names = {short(name) for name, *_ in events}
-        first = next((name for name in arguments.first if name in names), arguments.first[0])
-        table = timeline(events, first=first, last=arguments.last, skip=UNSETTLED)
+        table = timeline(events, first=arguments.first, last=arguments.last, skip=UNSETTLED)
         unprofiled_us = json.loads(facts.read_text())["unprofiled_us"]
         # Of a step without the profiler, as far as what runs in it takes as long.
         idle_us = unprofiled_us - table.busy_us
@@ -120,7 +117,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=48, help="timed, and then profiled")
     parser.add_argument("--skip", type=int, default=16, help="steps before them")
-    parser.add_argument("--first", nargs="+", default=FIRST, help="short name of a step's first kernel, or several")
+    parser.add_argument("--first", default=FIRST, help="short name of a step's first kernel")
     parser.add_argument("--last", default=LAST, help="short name of a step's last kernel but copies")
     parser.add_argument("--traces", type=Path, help="folder in which the traces stay, for chrome://tracing")
     parser.add_argument("--commit", help="in place of what git says")

@@ -85,6 +85,8 @@ class AsyncLLM:
         try:
             # The tokenizer and the image processor load while the ranks start.
             loading = self._preparers.submit(_load_front, config, self._client.serves_logits_processors, chat_template)
+            if config.parallel.executor == "inline" and not config.parallel.engine_process:
+                loading.result()  # two threads that import parts of one library may meet half a module
             self.executor_info: ExecutorInfo = self._client.start(self._streams.take)
             self._front: Front = loading.result()
         except BaseException:

@@ -110,6 +110,8 @@ class LLM:
         serves_processors = self._core.serves_logits_processors
         loading = preparers.submit(load_front, config, serves_logits_processors=serves_processors)
         try:
+            if config.parallel.executor == "inline":
+                loading.result()  # two threads that import parts of one library may meet half a module
             self.executor_info: ExecutorInfo = self._core.start()
             self._front: Front = loading.result()
         except BaseException:

@@ -51,7 +51,7 @@ def decode_inputs_triton(
     check_inputs(slots, positions, token_ids, block_tables)
     num_rows = slots.shape[0]
     token, mapping, context = torch.empty((3, num_rows), dtype=torch.int64, device=slots.device)
-    _kernel[(triton.cdiv(num_rows, _ROWS),)](
+    _decode_inputs_kernel[(triton.cdiv(num_rows, _ROWS),)](
         slots,
         positions,
         token_ids,
@@ -84,7 +84,7 @@ def decode_inputs_triton(
         "num_rows",
     ]
 )
-def _kernel(
+def _decode_inputs_kernel(
     slots,
     positions,
     token_ids,

@@ -6,6 +6,9 @@ import re
 
 from dist_vlm.workers.failure import RankError, describe
 
+# With which Ray begins to tell what it may have been.
+_GUESSES = r" There are some potential root causes| Some common causes include"
+
 
 def rank_error(error: BaseException) -> RankError | None:
     """The `RankError` that a call on a rank raised, if that is what `error` carries."""
@@ -29,7 +32,7 @@ def death_cause(error: BaseException) -> str:
     if "creation task" in text:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return f"its process could not start: {lines[-1][:400]}"
-    for pattern in (r"Worker exit detail: (.*?)(?: There are some potential root causes|$)", r"because (.*)"):
+    for pattern in (rf"Worker exit detail: (.*?)(?:{_GUESSES}|$)", r"because (.*)"):
         found = re.search(pattern, text, re.DOTALL)
         if found is not None:
             return "its process died: " + " ".join(found.group(1).split())[:400]
