@@ -13,7 +13,7 @@ from dist_vlm.workers.recorded_vision import MAX_IMAGES
 from dist_vlm.workers.sampler import sampling_bytes
 from dist_vlm.workers.short_steps import MAX_TOKENS
 
-# Ten images of a 336-pixel tower with 24 layers in bfloat16. An H100 takes 10 ms for one image alone, 1.1 ms for each
+# Thirty-one images of a 336-pixel tower in bfloat16. An H100 takes 10 ms for one image alone, 1.1 ms for each
 # of ten, 1.0 ms for each of twenty.
 VISION_ARENA_BYTES = 512 << 20
 

@@ -1,4 +1,5 @@
-"""python -m dist_vlm.workers.read_ahead PARENT: has the system read what a rank's imports need, ahead of the rank.
+"""python -m dist_vlm.workers.read_ahead PARENT: has the system read what a rank's imports need, ahead of the rank, and
+what the driver imports beside it.
 
 An import reads one small file after the other and waits for each. A disk that nobody has read yet, or one behind a
 network, serves many at a time. So many threads read here, into the system's cache and nowhere else; nothing depends on
@@ -43,16 +44,17 @@ class Modules:
     but: frozenset[str] = frozenset()
 
 
-# In the order in which they are wanted. transformers reads the sources of all of its models to learn what they offer.
+# In the order in which they are wanted: what a rank imports, then the rest of what the driver does for tokenizer and
+# image processor, and of what compiles ahead. transformers reads all of its models' sources to learn what they offer.
 MODULES = (
     Modules("ray", but=frozenset({"air", "llm", "rllib", "train", "tune"})),
+    Modules("numpy"),
     Modules("torch", but=frozenset({"onnx"})),
+    Modules("triton"),
     Modules("transformers", but=frozenset({"models"})),
     Modules("transformers/models", as_sources=True),
     Modules("sympy"),
     Modules("mpmath"),
-    Modules("triton"),
-    Modules("numpy"),
 )
 # Read whole: a rank that takes a GPU looks through them page by page.
 LIBRARIES = ("libtorch_python", "libtorch_cpu", "libtorch_cuda", "libtriton", "libcublas", "libcublasLt")

@@ -2,9 +2,10 @@
 
     angle[t, i] = position[t] * frequency_i(length[t]),  cos and sin of it times the type's attention factor
 
-The frequencies come from transformers' own functions (`modeling_rope_utils.ROPE_INIT_FUNCTIONS`). For most types
-they are fixed. For the types that look at the sequence's length each token takes those of the length its batch
-gives, and nothing is carried from step to step, so neither chunking nor the neighbours in a batch change them.
+Those of the type "default" are computed here, without transformers; the others come from its own functions
+(`modeling_rope_utils.ROPE_INIT_FUNCTIONS`). For most types they are fixed. For the types that look at the sequence's
+length each token takes those of the length its batch gives, and nothing is carried from step to step, so neither
+chunking nor the neighbours in a batch change them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def rope_types() -> tuple[str, ...]:
 class RotaryFrequencies:
     """cos and sin tables of a model.
 
-    config: a transformers text configuration with `rope_parameters`, head_dim, max_position_embeddings.
+    config: a transformers text configuration; of the type "default" anything with its `rope_parameters` ("rope_type",
+        "rope_theta") and `head_dim`.
     head_dim: size of a head; frequencies cover its first `rotary_dim` entries.
     """
 
@@ -34,7 +36,7 @@ class RotaryFrequencies:
         self._dtype = dtype
         self._device = device
         self.rope_type: str = config.rope_parameters["rope_type"]
-        if self.rope_type not in rope_types():
+        if self.rope_type != "default" and self.rope_type not in rope_types():
             raise ValueError(f"rope_type is {self.rope_type!r}, must be one of {', '.join(rope_types())}")
         self._fixed, self._attention_factor = self._frequencies(None)
         self.rotary_dim = 2 * self._fixed.shape[-1]

@@ -46,20 +46,20 @@ def test_the_arena_of_a_7b_step_by_hand(spec, facts_7b):
     assert halved == 8192 * (4 * 4096 + 3 * 11008 // 2) * 2 + logits
 
 
-# Of the 7b model: 3 x 336 x 336 pixels, 24 hidden states of 577 x 1024, and 577 rows of the MLP.
-IMAGE_NUMBERS = 3 * 336**2 + 577 * (24 * 1024 + 3 * 1024 + 4 * 4096)
+# Of the 7b model: 3 x 336 x 336 pixels, 576 selected rows, and 577 rows of the MLP.
+IMAGE_NUMBERS = 3 * 336**2 + 576 * 1024 + 577 * (1024 + 3 * 4096)
 ARENA = 512 << 20
 
 
 @pytest.mark.parametrize(
     ("changes", "dtype", "images"),
     [
-        ({"max_num_batched_tokens": 8192}, torch.bfloat16, ARENA // (2 * IMAGE_NUMBERS)),
-        ({"max_num_batched_tokens": 8192}, torch.float32, ARENA // (4 * IMAGE_NUMBERS)),
+        ({"max_num_batched_tokens": 32768}, torch.bfloat16, ARENA // (2 * IMAGE_NUMBERS)),
+        ({"max_num_batched_tokens": 32768}, torch.float32, ARENA // (4 * IMAGE_NUMBERS)),
         # No more than a step encodes: 8192 rows are 14 images, two ranks have 7 each.
         ({"max_num_batched_tokens": 8192, "world_size": 2}, torch.bfloat16, 7),
         ({"max_num_batched_tokens": 8192, "world_size": 4}, torch.bfloat16, 4),
-        ({"max_num_batched_tokens": 8192, "world_size": 2, "vision_data_parallel": False}, torch.bfloat16, 10),
+        ({"max_num_batched_tokens": 8192, "world_size": 2, "vision_data_parallel": False}, torch.bfloat16, 14),
         ({"max_num_batched_tokens": 576 * 3 - 1}, torch.bfloat16, 2),
         ({"max_num_batched_tokens": 64}, torch.bfloat16, 1),
     ],
@@ -81,7 +81,7 @@ def test_an_image_larger_than_the_arena_is_encoded_alone(spec, facts_7b):
 def test_a_ranks_images_by_hand(spec, facts_7b):
     config = rank_config(facts_7b, max_num_batched_tokens=8192, feature_cache_tokens=32768)
     row, image = 4096 * 2, 2 * IMAGE_NUMBERS
-    assert image_bytes(spec, config, torch.bfloat16) == 32768 * row + 10 * image
+    assert image_bytes(spec, config, torch.bfloat16) == 32768 * row + 14 * image
     # Two ranks: 7 images each, encoded and padded; twice 14 gathered.
     split = dataclasses.replace(config, world_size=2)
     assert image_bytes(spec, split, torch.bfloat16) == (32768 + (7 + 7 + 2 * 14) * 576) * row + 7 * image

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dist_vlm.workers.rotary import RotaryFrequencies, rope_types
 
@@ -121,6 +123,17 @@ def test_old_and_new_spelling_of_the_parameters_are_read_alike(checkpoint, tmp_p
     tokens = random_tokens(26, seed=6)
     new, old = (our_logits(place, tokens, 23, chunk=64) for place in (path, tmp_path))
     assert torch.equal(new, old)
+
+
+def test_the_default_type_is_computed_from_its_base_alone() -> None:
+    parameters = {"rope_type": "default", "rope_theta": 500.0}
+    text = llava_config(max_position_embeddings=16, rope_parameters=parameters).text_config
+    sizes = {"head_dim": 2 * HALF, "dtype": torch.float32, "device": torch.device("cpu")}
+    plain = RotaryFrequencies(SimpleNamespace(rope_parameters=parameters, head_dim=2 * HALF), **sizes)
+    cos, sin = plain(torch.tensor([0, 3, 39]), torch.tensor([4, 4, 40]))
+    expected = LlamaRotaryEmbedding(text)(torch.zeros(1), torch.tensor([[0, 3, 39]]))
+    assert torch.equal(cos, expected[0][0])
+    assert torch.equal(sin, expected[1][0])
 
 
 def test_a_table_of_positions_changes_nothing(checkpoint) -> None:

@@ -22,8 +22,6 @@ class LlavaFamily(ModelFamily):
         return llava_config.read_spec(path, config)
 
     def preload(self) -> None:
-        from transformers.models.llava import configuration_llava  # noqa: F401
-
         from dist_vlm.workers.models.llava import language, loading, vision  # noqa: F401
 
     def build_language(
@@ -32,7 +30,8 @@ class LlavaFamily(ModelFamily):
         from dist_vlm.workers.models.llava.language import LlamaLanguageModel
 
         facts = llava_config.read_facts(spec.path).text
-        rope_config = llava_config.transformers_config(spec.path).text_config
+        is_default = facts.rope_type == "default"
+        rope_config = facts if is_default else llava_config.transformers_config(spec.path).text_config
         try:
             return LlamaLanguageModel(facts, rope_config, comm=comm, ops=ops, dtype=dtype, device=device)
         except (ValueError, KeyError) as error:
@@ -41,9 +40,8 @@ class LlavaFamily(ModelFamily):
     def build_vision(self, spec: ModelSpec, *, ops: OpSet, dtype: torch.dtype, device: torch.device) -> VisionModel:
         from dist_vlm.workers.models.llava.vision import ClipVisionModel
 
-        facts = llava_config.read_facts(spec.path).vision
-        config = llava_config.transformers_config(spec.path)
-        return ClipVisionModel(facts, config, ops=ops, dtype=dtype, device=device)
+        facts = llava_config.read_facts(spec.path)
+        return ClipVisionModel(facts.vision, facts.text.hidden_size, ops=ops, dtype=dtype, device=device)
 
     def load_language(self, model: LanguageModel, spec: ModelSpec, source: WeightSource) -> None:
         from dist_vlm.workers.models.llava.loading import load_language

@@ -19,6 +19,31 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 # Their frequencies are those of the sequence's length: see dist_vlm.workers.rotary.
 LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
+# What a tower's MLPs and the projector are served with; see dist_vlm.workers.models.llava.activations.
+ACTIVATIONS = (
+    "gelu",
+    "gelu_10",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_python_tanh",
+    "gelu_pytorch_tanh",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "sqrtsoftplus",
+    "swish",
+    "tanh",
+)
 # Of a checkpoint without `vision_config`; with one, the fields it leaves out take CLIPVisionConfig's.
 DEFAULT_TOWER = {
     "hidden_size": 1024,
@@ -45,11 +70,17 @@ class TextFacts:
     attention_bias: bool
     mlp_bias: bool
     rope_type: str
+    rope_theta: float
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Those of the type "default", as `dist_vlm.workers.rotary` takes them; other types have more."""
+        return {"rope_type": self.rope_type, "rope_theta": self.rope_theta}
 
 
 @dataclass(frozen=True, slots=True)
 class VisionFacts:
-    """The tower, and what of it the projector reads.
+    """The tower, what of it the projector reads, and the projector's own fields.
 
     feature_layers: indices into the tower's hidden states, 0 for the embeddings; their rows are concatenated.
     keeps_class_row: whether the row of the class embedding stays ("full") or is dropped ("default").
@@ -58,20 +89,30 @@ class VisionFacts:
     hidden_size: int
     intermediate_size: int
     num_layers: int
+    num_heads: int
+    hidden_act: str
+    layer_norm_eps: float
     image_size: int
     patch_size: int
     num_channels: int
     feature_layers: tuple[int, ...]
     keeps_class_row: bool
+    projector_hidden_act: str
+    projector_bias: bool
 
     @property
     def num_needed_layers(self) -> int:
-        """Encoder layers to build: at least one, since hidden states are captured from a layer."""
-        return max(1, *self.feature_layers)
+        """Encoder layers to build."""
+        return max(self.feature_layers)
+
+    @property
+    def num_tower_rows(self) -> int:
+        """The class embedding's and the patches'."""
+        return 1 + (self.image_size // self.patch_size) ** 2
 
     @property
     def num_rows(self) -> int:
-        return (self.image_size // self.patch_size) ** 2 + self.keeps_class_row
+        return self.num_tower_rows - (not self.keeps_class_row)
 
     @property
     def width(self) -> int:
@@ -80,15 +121,16 @@ class VisionFacts:
     def activation_size(self, text_hidden_size: int) -> int:
         """See `ModelSpec.image_activation_size`.
 
-        The pixels and all hidden states stay to the end. Beside them, whichever is largest: attention's input, its
-        normed copy, queries, keys, values and two forms of the result; the MLP's input, its normed copy, product and
-        four of its inner width (QuickGELU's factors among them); or the selected rows and the projector's three.
+        The pixels and the selected rows stay to the end. Beside them, whichever is largest: attention's input, the
+        queries, keys and values as one product and as three tensors, and the result; the MLP's input and three of its
+        inner width (QuickGELU's factors among them); or the projector's three.
         """
-        tower_rows = (self.image_size // self.patch_size) ** 2 + 1
-        kept = self.num_channels * self.image_size**2 + (self.num_needed_layers + 1) * tower_rows * self.hidden_size
-        attention = tower_rows * 7 * self.hidden_size
-        mlp = tower_rows * (3 * self.hidden_size + 4 * self.intermediate_size)
-        projector = self.num_rows * (self.width + 3 * text_hidden_size)
+        kept = self.num_channels * self.image_size**2 + self.num_rows * self.width
+        attention = self.num_tower_rows * 8 * self.hidden_size
+        mlp = self.num_tower_rows * (
+            self.hidden_size + max(3 * self.intermediate_size, self.hidden_size + self.intermediate_size)
+        )
+        projector = self.num_rows * 3 * text_hidden_size
         return kept + max(attention, mlp, projector)
 
 
@@ -132,11 +174,12 @@ def _text_facts(root: Fields) -> TextFacts:
     num_kv_heads = text.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise text.error("num_key_value_heads", f"a divisor of num_attention_heads {num_heads}")
-    if text.values.get("head_dim") is None and hidden_size % num_heads:
+    if hidden_size % num_heads:
         raise text.error("hidden_size", f"a multiple of num_attention_heads {num_heads}")
     head_dim = text.integer("head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise text.error("head_dim", "even")
+    rope_type, rope_theta = _rope(text)
     return TextFacts(
         vocab_size=text.integer("vocab_size", 32000),
         hidden_size=hidden_size,
@@ -150,38 +193,50 @@ def _text_facts(root: Fields) -> TextFacts:
         tied_head=root.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
         attention_bias=text.flag("attention_bias", False),
         mlp_bias=text.flag("mlp_bias", False),
-        rope_type=_rope_type(text),
+        rope_type=rope_type,
+        rope_theta=rope_theta,
     )
 
 
-def _rope_type(text: Fields) -> str:
-    """Under whichever names the file has: `rope_scaling` is the older one, and goes first as in transformers."""
+def _rope(text: Fields) -> tuple[str, float]:
+    """Type and base, under whichever names the file has: `rope_scaling` is the older one, and goes first as in
+    transformers."""
     rope = text.section("rope_scaling")
     if not rope.values:
         rope = text.section("rope_parameters")
     name = "rope_type" if rope.values.get("rope_type") is not None else "type"
-    return rope.text(name, "default")
+    theta = text if rope.values.get("rope_theta") is None else rope
+    return rope.text(name, "default"), theta.number("rope_theta", 10000.0)
 
 
 def _vision_facts(root: Fields) -> VisionFacts:
     vision = root.section("vision_config")
     vision.choice("model_type", "clip_vision_model", ("clip_vision_model",))
     default = DEFAULT_TOWER if root.values.get("vision_config") is None else {}
+    hidden_size = vision.integer("hidden_size", default.get("hidden_size", 768))
     num_layers = vision.integer("num_hidden_layers", default.get("num_hidden_layers", 12))
+    num_heads = vision.integer("num_attention_heads", default.get("num_attention_heads", 12))
+    if hidden_size % num_heads:
+        raise vision.error("num_attention_heads", f"a divisor of hidden_size {hidden_size}")
     image_size = vision.integer("image_size", default.get("image_size", 224))
     patch_size = vision.integer("patch_size", default.get("patch_size", 32))
     if patch_size > image_size:
         raise vision.error("patch_size", f"at most image_size {image_size}")
     strategy = root.choice("vision_feature_select_strategy", "default", ("default", "full"))
     return VisionFacts(
-        hidden_size=vision.integer("hidden_size", default.get("hidden_size", 768)),
+        hidden_size=hidden_size,
         intermediate_size=vision.integer("intermediate_size", default.get("intermediate_size", 3072)),
         num_layers=num_layers,
+        num_heads=num_heads,
+        hidden_act=vision.choice("hidden_act", "quick_gelu", ACTIVATIONS),
+        layer_norm_eps=vision.number("layer_norm_eps", 1e-5),
         image_size=image_size,
         patch_size=patch_size,
         num_channels=vision.integer("num_channels", 3),
         feature_layers=_feature_layers(root, num_layers),
         keeps_class_row=strategy == "full",
+        projector_hidden_act=root.choice("projector_hidden_act", "gelu", ACTIVATIONS),
+        projector_bias=root.flag("multimodal_projector_bias", True),
     )
 
 

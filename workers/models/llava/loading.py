@@ -31,7 +31,9 @@ def load_vision(module: nn.Module, facts: VisionFacts, source: WeightSource) -> 
     prefixes = {"clip": tower, "projector": projector}
     for path, parameter in module.named_parameters():
         component, _, name = path.partition(".")
-        source.copy_into(parameter, prefixes[component] + name, shape=tuple(parameter.shape))
+        names = weight_names.vision_names(name)
+        for part, part_name in zip(parameter.chunk(len(names)), names, strict=True):
+            source.copy_into(part, prefixes[component] + part_name, shape=tuple(part.shape))
     unknown = source.unasked(projector)
     for full_name in source.unasked(tower):
         if not weight_names.vision_ignored(full_name.removeprefix(tower), facts.num_needed_layers):

@@ -51,6 +51,12 @@ def language_table(num_layers: int, *, prefix: str, head: str | None) -> dict[st
     return table
 
 
+def vision_names(name: str) -> tuple[str, ...]:
+    """Checkpoint names, without prefix, of the tensors fused in the parameter `name` of the tower or the projector."""
+    before, fused, kind = name.partition("self_attn.qkv.")
+    return tuple(f"{before}self_attn.{one}_proj.{kind}" for one in "qkv") if fused else (name,)
+
+
 def is_buffer(name: str) -> bool:
     """Whether a tensor is a table that old checkpoints carry and the model computes itself."""
     return name.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids"))

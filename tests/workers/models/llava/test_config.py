@@ -66,8 +66,8 @@ def test_the_hub_checkpoint_of_7b(tmp_path) -> None:
     assert (spec.max_position_embeddings, spec.dtype, spec.family) == (4096, "float16", "llava")
     assert (spec.image_token_id, spec.image_feature_size, spec.image_feature_width) == (32000, 576, 1024)
     assert spec.image_input_shape == (1, 3, 336, 336)
-    # Pixels, 24 hidden states of 577 rows, and the MLP: 3 rows of its outer and 4 of its inner width.
-    assert spec.image_activation_size == 3 * 336**2 + 577 * (24 * 1024 + 3 * 1024 + 4 * 4096)
+    # Pixels, the selected rows, and the MLP of 577 rows: one of its outer and 3 of its inner width.
+    assert spec.image_activation_size == 3 * 336**2 + 576 * 1024 + 577 * (1024 + 3 * 4096)
     assert spec.is_prefix_cacheable
     assert (spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id) == (1, (2,), 32001)
 
@@ -81,6 +81,10 @@ CONFIGS = {
     "tied at the top": changed(None, tie_word_embeddings=True),
     "new spelling": {**{k: v for k, v in HUB_7B.items() if k != "image_token_index"}, "image_token_id": 7},
     "biases": changed("text_config", attention_bias=True, mlp_bias=True),
+    "tower": changed("vision_config", layer_norm_eps=1e-4, hidden_act="gelu", num_attention_heads=8, num_channels=1),
+    "projector": changed(None, projector_hidden_act="relu", multimodal_projector_bias=False),
+    "theta": changed("text_config", rope_theta=5e5),
+    "theta of rope_parameters": changed("text_config", rope_theta=5e5, rope_parameters={"rope_theta": 7000}),
 }
 
 
@@ -105,12 +109,16 @@ def test_facts_are_those_that_transformers_reads(tmp_path, config) -> None:
     ):
         assert getattr(facts.text, ours) == getattr(text, theirs), ours
     assert facts.text.tied_head == own.tie_word_embeddings
-    assert facts.text.rope_type == text.rope_parameters["rope_type"]
+    assert facts.text.rope_parameters == {name: text.rope_parameters[name] for name in ("rope_type", "rope_theta")}
     assert facts.vision.hidden_size == vision.hidden_size
     assert facts.vision.intermediate_size == vision.intermediate_size
     assert facts.vision.num_layers == vision.num_hidden_layers
     assert (facts.vision.image_size, facts.vision.patch_size) == (vision.image_size, vision.patch_size)
     assert facts.vision.num_channels == vision.num_channels
+    assert facts.vision.num_heads == vision.num_attention_heads
+    assert (facts.vision.hidden_act, facts.vision.layer_norm_eps) == (vision.hidden_act, vision.layer_norm_eps)
+    assert facts.vision.projector_hidden_act == own.projector_hidden_act
+    assert facts.vision.projector_bias == own.multimodal_projector_bias
 
 
 LONGROPE = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "factor": 2.0}
@@ -131,6 +139,11 @@ ROPES = {
         "dynamic",
         False,
     ),
+    "theta beside the older name": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 7e4},
+        "linear",
+        True,
+    ),
     "an empty older one": (
         {"rope_scaling": {}, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         "dynamic",
@@ -144,14 +157,15 @@ def test_frequencies_of_the_sequences_length_forbid_a_prefix_cache(
     tmp_path, fields, rope_type, is_prefix_cacheable
 ) -> None:
     path = write(tmp_path, changed("text_config", **fields))
-    assert read_facts(path).text.rope_type == rope_type
-    assert transformers_config(path).text_config.rope_parameters["rope_type"] == rope_type
+    facts, own = read_facts(path).text, transformers_config(path).text_config.rope_parameters
+    assert facts.rope_type == own["rope_type"] == rope_type
+    assert facts.rope_theta == own["rope_theta"]
     assert read_spec(path).is_prefix_cacheable == is_prefix_cacheable
 
 
 @pytest.mark.parametrize(
     ("layers", "expected", "needed"),
-    [(-2, (23,), 23), (-1, (24,), 24), (0, (0,), 1), (5, (5,), 5), ([-2, 3, 8], (23, 3, 8), 23), (-25, (0,), 1)],
+    [(-2, (23,), 23), (-1, (24,), 24), (0, (0,), 0), (5, (5,), 5), ([-2, 3, 8], (23, 3, 8), 23), (-25, (0,), 0)],
 )
 def test_feature_layers_count_from_either_end(tmp_path, layers, expected, needed) -> None:
     vision = read_facts(write(tmp_path, changed(None, vision_feature_layer=layers))).vision
@@ -183,15 +197,32 @@ def test_special_tokens_come_from_the_generation_config_first(tmp_path) -> None:
         ("text_config", {"num_hidden_layers": True}, "num_hidden_layers is True, must be an integer"),
         ("text_config", {"num_key_value_heads": 5}, "num_key_value_heads is 5, must be a divisor of"),
         ("text_config", {"hidden_size": 4097}, "hidden_size is 4097, must be a multiple of num_attention_heads 32"),
+        ("text_config", {"hidden_size": 4097, "head_dim": 128}, "hidden_size is 4097, must be a multiple of"),
         ("text_config", {"head_dim": 33}, "text_config.head_dim is 33, must be even"),
         ("text_config", {"rms_norm_eps": -1}, "text_config.rms_norm_eps is -1, must be a number above 0"),
         ("text_config", {"rope_scaling": {"type": 3}}, "text_config.rope_scaling.type is 3, must be a string"),
         ("text_config", {"rope_scaling": "linear"}, "text_config.rope_scaling is 'linear', must be an object"),
+        ("text_config", {"rope_theta": "10k"}, "text_config.rope_theta is '10k', must be a number above 0"),
+        (
+            "text_config",
+            {"rope_parameters": {"rope_theta": 0}},
+            "rope_parameters.rope_theta is 0, must be a number above",
+        ),
         ("text_config", {"attention_bias": "no"}, "text_config.attention_bias is 'no', must be true or false"),
         ("text_config", {"vocab_size": 32000}, "image_token_index is 32000, must be below text_config.vocab_size"),
         ("vision_config", {"model_type": "siglip_vision_model"}, "vision_config.model_type is 'siglip_vision_model'"),
         ("vision_config", {"image_size": [336, 336]}, r"vision_config.image_size is \[336, 336\], must be an integer"),
         ("vision_config", {"patch_size": 400}, "vision_config.patch_size is 400, must be at most image_size 336"),
+        (
+            "vision_config",
+            {"num_attention_heads": 7},
+            "num_attention_heads is 7, must be a divisor of hidden_size 1024",
+        ),
+        ("vision_config", {"num_attention_heads": 1.0}, "vision_config.num_attention_heads is 1.0, must be an integer"),
+        ("vision_config", {"hidden_act": "prelu"}, "vision_config.hidden_act is 'prelu', must be gelu or gelu_10 or"),
+        ("vision_config", {"layer_norm_eps": "1e-5"}, "vision_config.layer_norm_eps is '1e-5', must be a number above"),
+        (None, {"projector_hidden_act": "swiglu"}, "projector_hidden_act is 'swiglu', must be gelu or gelu_10 or"),
+        (None, {"multimodal_projector_bias": 1}, "multimodal_projector_bias is 1, must be true or false"),
         (None, {"vision_feature_layer": -26}, r"vision_feature_layer is -26, must be in \[-25, 25\)"),
         (None, {"vision_feature_layer": "last"}, "vision_feature_layer is 'last', must be an integer or a list"),
         (None, {"vision_feature_select_strategy": "cls"}, "select_strategy is 'cls', must be default or full"),
@@ -207,8 +238,8 @@ def test_a_wrong_field_is_named_with_file_value_and_what_is_allowed(tmp_path, se
 
 
 def test_what_transformers_refuses_is_told_with_its_reason(tmp_path) -> None:
-    path = write(tmp_path, changed("vision_config", num_attention_heads=7))
-    with pytest.raises(CheckpointError, match=r"(?s)config.json: transformers refuses it: .*attention"):
+    path = write(tmp_path, changed("text_config", rope_scaling={"type": "linear"}))
+    with pytest.raises(CheckpointError, match=r"(?s)config.json: transformers refuses it: .*factor"):
         transformers_config(path)
 
 

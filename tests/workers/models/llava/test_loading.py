@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from dist_vlm.workers.dummy_source import DummySource
 from dist_vlm.workers.models import CheckpointError, get_family, read_spec
 from dist_vlm.workers.safetensors_source import SafetensorsSource
 
+from ...test_runner import rank_config
 from ...thread_comm import thread_comms
 from .rig import CPU, OPS, Driver, build_ranks, llava_config, random_model, random_tokens
 
@@ -118,6 +122,16 @@ def test_dummy_weights_are_one_model_whatever_the_world_size(saved, world_size) 
     assert first.std() > 0.1
 
 
+def test_dummy_weights_of_a_tower_are_those_of_its_checkpoints_tensors(saved) -> None:
+    _, vision, _ = load_all(saved, DummySource(7))
+    qkv, source = vision.clip.encoder.layers[1].self_attn.qkv, DummySource(7)
+    for part, name in zip(qkv.weight.chunk(3), "qkv", strict=True):
+        expected = torch.empty(32, 32)
+        full_name = f"vision_tower.vision_model.encoder.layers.1.self_attn.{name}_proj.weight"
+        source.copy_into(expected, full_name, shape=(32, 32))
+        assert torch.equal(part, expected)
+
+
 def test_a_tied_checkpoint_needs_no_head_and_ignores_one(tmp_path) -> None:
     path = tmp_path / "tied"
     model = random_model(llava_config(tie_word_embeddings=True))
@@ -139,7 +153,7 @@ def with_extra(name):
     return lambda tensors: {**tensors, name: torch.zeros(2)}
 
 
-L = "language_model.model.layers.1."
+L, V = "language_model.model.layers.1.", "vision_tower.encoder.layers.1."
 
 
 @pytest.mark.parametrize(
@@ -150,6 +164,8 @@ L = "language_model.model.layers.1."
         (without("language_model.lm_head.weight"), "has no tensor language_model.lm_head.weight or lm_head.weight"),
         (without("multi_modal_projector.linear_2.bias"), "has no tensor multi_modal_projector.linear_2.bias"),
         (without("vision_tower.pre_layrnorm.bias"), "has no tensor vision_tower.pre_layrnorm.bias"),
+        (without(V + "self_attn.v_proj.bias"), rf"has no tensor {V}self_attn.v_proj.bias"),
+        (with_extra(V + "self_attn.qkv.weight"), rf"model does not know: {V}self_attn.qkv.weight"),
         (with_extra(L + "mlp.up_proj.qzeros"), rf"model does not know: {L}mlp.up_proj.qzeros"),
         (with_extra(L + "self_attn.q_proj.bias"), rf"model does not know: {L}self_attn.q_proj.bias"),
         (with_extra("vision_tower.adapter.weight"), "model does not know: vision_tower.adapter.weight"),
@@ -186,3 +202,30 @@ def test_a_wrong_shape_names_file_tensor_and_both_shapes(saved, tmp_path) -> Non
 )
 def test_tensors_known_to_be_unused_are_passed_over(saved, tmp_path, name) -> None:
     load_all(rewritten(saved, tmp_path, lambda tensors: {**tensors, name: torch.zeros(2)}))
+
+
+LOAD = """
+import json, sys
+import torch
+alone = set(sys.modules)
+from dist_vlm.workers.comm import single_rank
+from dist_vlm.workers.config import RankConfig
+from dist_vlm.workers.runner import Runner
+runner = Runner(RankConfig(**json.loads(sys.argv[1])), single_rank())
+runner.load()
+runner.allocate(4)
+with torch.inference_mode():
+    runner.vision.encode_pixels(torch.zeros(runner.spec.image_input_shape))
+print(" ".join(set(sys.modules) - alone))
+"""
+# Seconds of a rank's start: what transformers' modules of a model import.
+HEAVY = {"transformers", "scipy", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
+
+
+@pytest.mark.parametrize("kernels", ["torch", "cpp"])
+def test_a_rank_imports_no_transformers(tiny_checkpoint, kernels) -> None:
+    config = dataclasses.asdict(rank_config(tiny_checkpoint, kernels=kernels))
+    command = [sys.executable, "-c", LOAD, json.dumps(config)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout.split()
+    assert "dist_vlm.workers.models.llava.vision" in told
+    assert not HEAVY & set(told)

@@ -10,6 +10,7 @@ from dist_vlm.workers.models.llava.weight_names import (
     find_prefix,
     language_table,
     vision_ignored,
+    vision_names,
 )
 
 
@@ -58,3 +59,15 @@ def test_the_table_fuses_projections_in_the_order_of_the_modules() -> None:
 )
 def test_unneeded_parts_of_a_tower(name, ignored) -> None:
     assert vision_ignored(name, 23) is ignored
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("encoder.layers.3.self_attn.qkv.bias", [f"encoder.layers.3.self_attn.{one}_proj.bias" for one in "qkv"]),
+        ("encoder.layers.3.self_attn.out_proj.bias", ["encoder.layers.3.self_attn.out_proj.bias"]),
+        ("linear_1.weight", ["linear_1.weight"]),
+    ],
+)
+def test_what_is_fused_in_the_tower(name, expected) -> None:
+    assert list(vision_names(name)) == expected
