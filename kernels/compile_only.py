@@ -19,6 +19,7 @@ _WARP = 32
 _NVIDIA = "triton.backends.nvidia.driver"
 # Of the CUDA driver's `CUdevice_attribute`.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_NAME_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +87,33 @@ def compile_driver() -> None:
 
 def gpu_capability() -> int:
     """Of the first GPU, 90 for 9.0. Makes no context on it. Raises `RuntimeError` where the driver has none."""
+    found = [ctypes.c_int(), ctypes.c_int()]
+    for value, attribute in zip(found, (_CAPABILITY_MAJOR, _CAPABILITY_MINOR), strict=True):
+        _ask_driver("cuDeviceGetAttribute", ctypes.byref(value), attribute, _first_gpu())
+    return 10 * found[0].value + found[1].value
+
+
+def gpu_name() -> str:
+    """Of the first GPU, as torch gives it. Makes no context on it. Raises `RuntimeError` where the driver has none."""
+    name = ctypes.create_string_buffer(_NAME_BYTES)
+    _ask_driver("cuDeviceGetName", name, _NAME_BYTES, _first_gpu())
+    return name.value.decode()
+
+
+def _first_gpu() -> ctypes.c_int:
+    device = ctypes.c_int()
+    _ask_driver("cuInit", 0)
+    _ask_driver("cuDeviceGet", ctypes.byref(device), 0)
+    return device
+
+
+def _ask_driver(call: str, *arguments: Any) -> None:
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise RuntimeError(f"the CUDA driver cannot be loaded: {error}") from None
-    device, found = ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
-    calls: list[tuple[str, tuple[Any, ...]]] = [("cuInit", (0,)), ("cuDeviceGet", (ctypes.byref(device), 0))]
-    for value, attribute in zip(found, (_CAPABILITY_MAJOR, _CAPABILITY_MINOR), strict=True):
-        calls.append(("cuDeviceGetAttribute", (ctypes.byref(value), attribute, device)))
-    for name, arguments in calls:
-        if status := getattr(cuda, name)(*arguments):
-            raise RuntimeError(f"{name} gave {status}")
-    return 10 * found[0].value + found[1].value
+    if status := getattr(cuda, call)(*arguments):
+        raise RuntimeError(f"{call} gave {status}")
 
 
 class _Target:

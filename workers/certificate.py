@@ -10,14 +10,17 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from dist_vlm.kernels.reduce_add_norm import reduce_add_norm_reference
 from dist_vlm.workers.comm import Communicator
+from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.failure import describe
 from dist_vlm.workers.graph import Recording
+from dist_vlm.workers.models.spec import ModelSpec
 from dist_vlm.workers.open_collectives import all_reasons
 
 _EPS = 1e-5
@@ -54,6 +57,24 @@ class Certificate:
         self._dtype = dtype
         self._device = device
 
+    @classmethod
+    def of_launch(
+        cls, config: RankConfig, spec: ModelSpec, comm: Communicator, *, dtype: torch.dtype, device: torch.device
+    ) -> Self:
+        """For all that the steps of a launch ask of the collectives."""
+        columns, ranks = -(-spec.vocab_size // comm.world_size), comm.world_size
+        # A rank's share of a step's features, in rows of as many numbers as its part of the logits has.
+        shared = -(-config.max_num_batched_tokens // ranks) * spec.hidden_size // columns
+        return cls(
+            comm,
+            hidden_size=spec.hidden_size,
+            max_rows=config.max_num_batched_tokens,
+            max_gathered=max(config.max_num_seqs, shared),
+            columns=columns,
+            dtype=dtype,
+            device=device,
+        )
+
     @torch.inference_mode()
     def fault(self) -> str | None:
         """Why this rank does not trust the collectives, None where none has anything against them. Every rank calls it;
@@ -78,7 +99,7 @@ class Certificate:
         for rows in self._row_counts("all_gather", self._columns, self._max_gathered):
             yield "all_gather", rows, partial(self._all_gather, rows)
         if self._dtype != torch.float32:
-            votes = Certificate(
+            votes = type(self)(
                 self._comm,
                 hidden_size=_NUM_VOTES,
                 max_rows=self._max_rows,

@@ -11,16 +11,21 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from dist_vlm.kernels.all_reduce.peer_buffers import MAX_RANKS, MIN_RANKS, PEER_CAPACITY, PeerBuffers
+from dist_vlm.kernels.all_reduce.peer_collectives import PeerCollectives
+from dist_vlm.kernels.all_reduce.rules import rules_for
 from dist_vlm.kernels.choice import OpSet, RecordedOps, choose
-from dist_vlm.kernels.compile_only import Launch, compile_driver, compile_for, gpu_capability, launches_told
+from dist_vlm.kernels.compile_only import Launch, compile_driver, compile_for, gpu_capability, gpu_name, launches_told
 from dist_vlm.kernels.sample import DrawRow
+from dist_vlm.workers.certificate import Certificate
+from dist_vlm.workers.collectives import PeerPath
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.decode import Decoder
@@ -41,10 +46,11 @@ _PROMPT_TOKENS = 300
 
 
 class ShapesOnly(Communicator):
-    """A group of one process: its collectives return tensors of the right shapes."""
+    """A group of one process: its collectives return tensors of the right shapes, and those over the GPUs' memory
+    launch what they would."""
 
     def __init__(self, config: RankConfig) -> None:
-        super().__init__(rank=config.rank, world_size=config.world_size)
+        super().__init__(rank=config.rank, world_size=config.world_size, collectives=_peer_path(config))
         self._is_recordable = config.world_size == 1 or not config.share_gpu
 
     @property
@@ -52,10 +58,56 @@ class ShapesOnly(Communicator):
         return self._is_recordable
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
+        if self.collectives is not None:
+            self.collectives.all_reduce(tensor)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
+        if self.collectives is not None:
+            self.collectives.all_gather(tensor)
         return tensor.new_empty((self.world_size, *tensor.shape))
+
+
+def _peer_path(config: RankConfig) -> PeerPath | None:
+    """That which the ranks would open, over memory that is not there; None where they open none."""
+    if config.device != "cuda" or not MIN_RANKS <= config.world_size <= MAX_RANKS or config.collectives == "group":
+        return None
+    rules = rules_for(gpu_name(), config.world_size, table=config.collectives_table)
+
+    def words(dtype: torch.dtype) -> Tensor:
+        return torch.empty(1, dtype=dtype, device=_DEVICE)
+
+    buffers = PeerBuffers(
+        rank=config.rank,
+        world_size=config.world_size,
+        capacity=PEER_CAPACITY,
+        memory=words(torch.int32),
+        addresses=words(torch.int64),
+        state=words(torch.int64),
+        error=words(torch.int32),
+        report=words(torch.int32),
+    )
+    peers = PeerCollectives(buffers, max_looks=1, max_programs=1)
+    return PeerPath(peers, rules.without_group() if config.share_gpu else rules, timeout_s=0.0)
+
+
+class _Calls(Certificate):
+    """Makes a certificate's calls and looks at no number."""
+
+    def make(self) -> None:
+        for _, _, check in self._checks():
+            check()
+
+    def _run(
+        self,
+        rows: int,
+        width: int,
+        work: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        expected: Callable[[list[Tensor], Tensor], tuple[Tensor, ...]],
+    ) -> str | None:
+        part, residual = (torch.empty(rows, width, dtype=self._dtype, device=self._device) for _ in range(2))
+        work(part, residual)
+        return None
 
 
 @torch.inference_mode()
@@ -107,6 +159,8 @@ class _Rehearsal:
 
     def run(self) -> None:
         config = self._config
+        if self._comm.collectives is not None:
+            _Calls.of_launch(config, self._spec, self._comm, dtype=self._dtype, device=_DEVICE).make()
         prompt = self._slice(0, min(_PROMPT_TOKENS, config.max_model_len))
         singles = [self._slice(slot, 1) for slot in range(1, config.max_num_seqs)]
         if self._ops.recorded is not None and self._comm.is_recordable:

@@ -121,18 +121,7 @@ class Runner:
         opened = self.comm.collectives
         if opened is None:
             return
-        columns, ranks = -(-self.spec.vocab_size // self.comm.world_size), self.comm.world_size
-        # A rank's share of a step's features, in rows of as many numbers as its part of the logits has.
-        shared = -(-self.config.max_num_batched_tokens // ranks) * self.spec.hidden_size // columns
-        certificate = Certificate(
-            self.comm,
-            hidden_size=self.spec.hidden_size,
-            max_rows=self.config.max_num_batched_tokens,
-            max_gathered=max(self.config.max_num_seqs, shared),
-            columns=columns,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        certificate = Certificate.of_launch(self.config, self.spec, self.comm, dtype=self.dtype, device=self.device)
         settle(self.config, self.comm, opened, certificate.fault())
 
     def _kv_cache_bytes(self) -> int:

@@ -18,17 +18,22 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, KernelInterface, create_function_from_signature
 
 from dist_vlm.kernels import paged_decode_triton
+from dist_vlm.kernels.all_reduce.peer_buffers import PEER_CAPACITY
+from dist_vlm.kernels.all_reduce.rules import rules_for
 from dist_vlm.kernels.choice import OpSet, choose
 from dist_vlm.kernels.compile_only import Launch, launches_told
 from dist_vlm.kernels.linear_triton import linear_triton
 from dist_vlm.workers import compile_ahead
-from dist_vlm.workers.comm import single_rank
+from dist_vlm.workers.collectives import PeerPath
+from dist_vlm.workers.comm import Communicator, single_rank
 from dist_vlm.workers.compile_ahead import ShapesOnly, compile_all, launches_of
 from dist_vlm.workers.plan import NewSequence, SamplingRow, Slice, StepPlan
 from dist_vlm.workers.runner import Runner
 
+from ..kernels.all_reduce import virtual_ranks
 from .test_runner import pixels, rank_config, sequence
 
+GPU = "NVIDIA H200"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
@@ -148,6 +153,43 @@ def test_the_launches_of_a_great_model(facts_7b: Path, world_size: int) -> None:
     assert len(launches) < 32, "a start would take too long"
     held = [x for launch in launches for x in launch.arguments if isinstance(x, Tensor)]
     assert {x.device.type for x in held} == {"meta"}
+
+
+def collective_keys(model: Path) -> Callable[[virtual_ranks.Rank], set[tuple[str, str]]]:
+    """A job of a virtual rank: the steps of `serve` in torch's ops, over peer memory. What it launches."""
+
+    def job(rank: virtual_ranks.Rank) -> set[tuple[str, str]]:
+        torch.set_num_threads(1)
+        comm = Communicator(rank=rank.number, world_size=2)
+        comm.collectives = PeerPath(rank.collectives, rules_for(GPU, 2), timeout_s=1.0)
+        runner = Runner(rank_config(model, rank=rank.number, world_size=2), comm)
+        runner._certify = lambda: None  # type: ignore[method-assign]
+        report = runner.load()
+        runner.allocate(report.num_blocks)
+        with noted() as launched:
+            serve(runner)
+        comm.check()
+        return launched
+
+    return job
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="virtual ranks of a GPU cannot load a model beside one another")
+def test_collectives_that_a_rank_launches_are_compiled_ahead(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_ahead, "gpu_name", lambda: GPU)
+    config = rank_config(
+        tiny_checkpoint, kernels="triton", device="cuda", world_size=2, collectives="fused", max_num_batched_tokens=9000
+    )
+    ahead = {key(launch) for launch in launches_of(config, ops_of_a_gpu())}
+    launched = set().union(*virtual_ranks.run(2, collective_keys(tiny_checkpoint), capacity=PEER_CAPACITY))
+    assert {name for name, _ in launched} == {"one_shot_kernel", "all_gather_kernel"}
+    assert launched <= ahead, sorted(launched - ahead)
+    # The certificate runs what long steps take too.
+    assert "two_shot_kernel" in {name for name, _ in ahead}
+    group = launches_of(dataclasses.replace(config, collectives="group"), ops_of_a_gpu())
+    assert not {"one_shot_kernel", "all_gather_kernel"} & {launch.kernel.fn.__name__ for launch in group}
 
 
 def test_ranks_that_cannot_record_have_no_recorded_steps(tiny_facts: Path) -> None:
