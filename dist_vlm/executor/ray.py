@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dist_vlm.executor import ahead, placement
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # When one rank dies in a step, a peer's collective may fail first; this long the death may take to be known.
 _DEATH_WAIT_S = 1.0
+# What a start takes to notice that its ranks are killed.
+_START_END_S = 10.0
 # What a rank that is alive takes to say how far it is.
 _STATUS_WAIT_S = 0.5
 # What ends the ranks when it happens to a plan on its way or to an answer.
@@ -85,6 +88,7 @@ class RayExecutor(Executor):
         self._images = ImageStaging(self._actors)
         self._dead: ExecutorError | None = None
         self._is_closed = False
+        self._starting = threading.RLock()
 
     def start(self) -> ExecutorInfo:
         if self._actors or self._dead is not None:
@@ -95,16 +99,18 @@ class RayExecutor(Executor):
         return info
 
     def restart(self) -> ExecutorInfo:
-        if self._dead is None or self._is_closed or self._places is None:
-            raise ExecutorError("restart", "only ranks that were started and lost can be replaced")
-        self._end_ranks()
-        self._dead = None
-        return self._start_or_end(self._start_ranks)
+        with self._starting:
+            if self._dead is None or self._is_closed or self._places is None:
+                raise ExecutorError("restart", "only ranks that were started and lost can be replaced")
+            self._end_ranks()
+            self._dead = None
+            return self._start_or_end(self._start_ranks)
 
     def _start_or_end(self, start: Callable[[Deadline], ExecutorInfo]) -> ExecutorInfo:
-        """Leaves nothing behind where it raises."""
+        """Leaves nothing behind where it raises. A shutdown by another thread waits for it, and makes it raise."""
         try:
-            return start(Deadline(self._start_timeout_s))
+            with self._starting:
+                return start(Deadline(self._start_timeout_s))
         except BaseException as error:
             self.shutdown()
             if isinstance(error, StartError) or not isinstance(error, Exception):
@@ -143,8 +149,10 @@ class RayExecutor(Executor):
     def _start_ranks(self, deadline: Deadline) -> ExecutorInfo:
         """In the places that are reserved for them."""
         assert self._places is not None
+        self._require_open()
         placement.ready(self._places.group, deadline.remaining_s)
         deadline.lap("placement")
+        self._require_open()
         self._actors += create_actors(
             self._config,
             self._places,
@@ -152,6 +160,7 @@ class RayExecutor(Executor):
             runner=self._runner,
             private=self._cluster.on_private,
         )
+        self._require_open()  # from here on a shutdown finds these ranks and ends them, which ends what waits for them
         self._images = ImageStaging(self._actors, inline_bytes=self._cluster.inline_bytes)
         info = start_ranks(
             self._actors,
@@ -162,12 +171,16 @@ class RayExecutor(Executor):
         self._open_transport(deadline)
         self._heartbeat = Heartbeat(self._actors)
         deadline.lap("transport")
-        if self._is_closed:  # by another thread, which may have come before these ranks
-            raise StartError("start", "the executor was shut down meanwhile")
+        self._require_open()
         return dataclasses.replace(info, start_seconds=deadline.laps)
 
+    def _require_open(self) -> None:
+        """Any call of a Ray that was shut down meanwhile would start another one."""
+        if self._is_closed:
+            raise StartError("start", "the executor was shut down meanwhile")
+
     def _open_transport(self, deadline: Deadline) -> None:
-        self._watch = DeathWatch(self._actors, self._on_death)
+        self._watch = DeathWatch(self._actors, partial(self._on_death, tuple(self._actors)))
         # What opens the transport has no timeout of its own: at the deadline the ranks go, and it fails.
         alarm = threading.Timer(deadline.remaining_s, self._kill_ranks)
         alarm.start()
@@ -232,6 +245,17 @@ class RayExecutor(Executor):
             if process is not None:
                 process.stop()
         self._reading = self._ahead = None
+        self._stop_watching()
+        self._kill_ranks()
+        # Ray is used by a start in another thread until that has noticed.
+        is_alone = self._starting.acquire(timeout=_START_END_S)
+        try:
+            self._leave_ray()
+        finally:
+            if is_alone:
+                self._starting.release()
+
+    def _leave_ray(self) -> None:
         self._end_ranks()
         if self._places is not None and self._places.is_ours:
             _remove(self._places.group)
@@ -299,12 +323,16 @@ class RayExecutor(Executor):
         cause = f"{names} did not finish step {step_id} in step_timeout_s = {self._step_timeout_s:g}"
         return ExecutorError("step", cause, behind[0])
 
-    def _on_death(self, rank: int, cause: str) -> None:
-        """In the watch's thread: ends the others, so that whoever waits for the transport is told."""
+    def _on_death(self, actors: Sequence[Any], rank: int, cause: str) -> None:
+        """In the watch's thread: ends the others, so that whoever waits for the transport is told.
+
+        actors: those that are watched. Where this thread comes late there may be others by now, and their transport.
+        """
+        transport = self._transport
         _log.error("rank %d: %s", rank, cause)
-        self._kill_ranks()
-        if self._transport is not None:
-            self._transport.close()
+        _kill(actors)
+        if transport is not None and tuple(self._actors) == actors:
+            transport.close()
 
     def _stop_watching(self) -> None:
         """What becomes of the ranks from here on is our own doing."""
@@ -313,11 +341,15 @@ class RayExecutor(Executor):
                 observer.stop()
 
     def _kill_ranks(self) -> None:
-        import ray
+        _kill(tuple(self._actors))
 
-        for actor in list(self._actors) if ray.is_initialized() else ():
-            with suppress(Exception):
-                ray.kill(actor, no_restart=True)
+
+def _kill(actors: Sequence[Any]) -> None:
+    import ray
+
+    for actor in actors if ray.is_initialized() else ():
+        with suppress(Exception):
+            ray.kill(actor, no_restart=True)
 
 
 def _remove(group: Any) -> None:

@@ -62,6 +62,58 @@ tell(
 )
 """
 
+# Where a rank was lost and others are being started, the executor is shut down by another thread.
+RESTART = """
+import json, os, sys, threading, time
+import ray
+from processes import descendants
+from stand_in import RUNNER, rank_config
+from dist_vlm.executor import ray as module
+from dist_vlm.executor.base import ExecutorError
+
+executor = module.RayExecutor(rank_config(2), runner=RUNNER, start_timeout_s=60)
+executor.start()
+children = descendants(os.getpid())
+os.kill(ray.get(executor._actors[1].ping.remote()), 9)
+try:
+    while True:
+        executor.check()
+        time.sleep(0.02)
+except ExecutorError:
+    pass
+reached, create = threading.Event(), module.create_actors
+
+def slowly(*arguments, **named):
+    reached.set()
+    if sys.argv[2] == "before":
+        time.sleep(1)
+    made = create(*arguments, **named)
+    if sys.argv[2] == "after":
+        time.sleep(1)
+    return made
+
+module.create_actors = slowly
+told = []
+
+def restart():
+    try:
+        executor.restart()
+    except ExecutorError as error:
+        told.append(str(error))
+
+thread = threading.Thread(target=restart)
+thread.start()
+reached.wait()
+time.sleep(float(sys.argv[3]))
+executor.shutdown()
+thread.join(20)
+print(json.dumps({
+    "told": told, "is_over": not thread.is_alive(), "has_ray": ray.is_initialized(), "pids": children,
+    "left": len(descendants(os.getpid())), "threads": [one.name for one in threading.enumerate()],
+}), flush=True)
+os._exit(0)
+"""
+
 TWO = """
 from stand_in import RUNNER, rank_config
 from dist_vlm.executor.ray import RayExecutor
@@ -133,11 +185,12 @@ def run(
     *,
     cwd: Path = ROOT,
     stdin: int | None = None,
+    arguments: tuple[str, ...] = (),
     **environment: str,
 ) -> subprocess.Popen[str]:
     env = os.environ | environment
     env.pop("RAY_AUTH_TOKEN", None)
-    command = [sys.executable, "-c", code, json.dumps(model or {})]
+    command = [sys.executable, "-c", code, json.dumps(model or {}), *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=cwd, env=env, stdin=stdin, stdout=pipe, stderr=pipe, text=True)
 
@@ -168,6 +221,17 @@ def command_of(pid: int) -> str:
 
 def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if "plasma" in name or "ray" in name}
+
+
+@pytest.mark.parametrize(("slow", "wait_s"), [("before", 0.2), ("after", 0.2), ("not", 0.6)])
+def test_a_shutdown_amid_a_restart_leaves_no_ray(slow: str, wait_s: float) -> None:
+    """Any call of a Ray that was shut down would start another one, which nobody ends."""
+    process = run(RESTART, PYTHONPATH=f"{HERE}{os.pathsep}{ROOT}", arguments=(slow, str(wait_s)))
+    facts = facts_of(process)
+    process.communicate(timeout=60)
+    assert (facts["is_over"], facts["has_ray"], facts["left"]) == (True, False, 0)
+    assert len(facts["told"]) == 1 and facts["threads"] == ["MainThread"]
+    assert_gone(facts["pids"])
 
 
 def test_two_engines_of_a_process_share_it_and_the_last_ends_it() -> None:

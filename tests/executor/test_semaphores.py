@@ -10,7 +10,8 @@ from dist_vlm.executor.semaphores import remove_those_of
 
 def test_those_of_processes_that_have_ended_go_and_no_others(tmp_path: Path) -> None:
     killed, ended = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
-    killed.kill()  # not waited for: a zombie
+    killed.kill()
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
     ended.kill()
     ended.wait()
     pids = [killed.pid, ended.pid, os.getpid()]
