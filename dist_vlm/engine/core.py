@@ -1,7 +1,8 @@
 """The step loop: requests in, plans out to the ranks, tokens back.
 
 Where ranks are lost, others are started in their place and get all requests again, each with the tokens it has: a token
-depends on those before it and on its request's own numbers, so an answer goes on as if nothing had been.
+depends on those before it and on its request's own numbers, so an answer goes on as it would have, but for what
+rounding makes of another batch.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from dist_vlm.engine.held_request import HeldRequest, Suspects
 from dist_vlm.engine.messages import EngineOutput, EngineRequest
 from dist_vlm.engine.restart_budget import RestartBudget
 from dist_vlm.engine.staging import StagingArea
 from dist_vlm.engine.state import EngineState
-from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo
+from dist_vlm.executor.base import Executor, ExecutorError, ExecutorInfo, StartError
 from dist_vlm.sampling import LogitsProcessor
 from dist_vlm.sched.block_pool import BlockPool
 from dist_vlm.sched.features import FeatureTable
@@ -28,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 # How long the loop sleeps when all there is to do is wait for images to reach the ranks.
 _STAGING_POLL_S = 0.0002
-# As often a request may be computed when ranks are lost. It ends then: it may be what they are lost for.
+# As often ranks may be lost while a request is computed and gets no token. It ends then: it may be why.
 _MOST_LOSSES = 2
 # The books of some ten thousand blocks take milliseconds to be proved one by one.
 _FULL_CHECK_S = 1.0
@@ -72,8 +73,10 @@ class EngineCore:
         self._staging = StagingArea(executor, timeout_s=staging_timeout_s)
         self._restarts = RestartBudget(max_restarts if executor.can_restart else 0)
         self._num_restarts = 0
-        self._held: dict[str, _Held] = {}  # in the order of their arrival
+        self._is_shut_down = False
+        self._held: dict[str, HeldRequest] = {}  # in the order of their arrival
         self._untold: list[EngineOutput] = []
+        self._suspects = Suspects()
         self._last_submitted = -1
         self._last_collected = -1
         self._checked_at = -math.inf
@@ -111,7 +114,7 @@ class EngineCore:
             stats=copy.copy(scheduler.stats),
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            num_staging=staging.num_waiting,
+            num_staging=staging.num_waiting + len(self._suspects),
             num_blocks=scheduler.pool.num_blocks,
             num_held_blocks=scheduler.pool.num_held,
             num_cached_blocks=scheduler.pool.num_cached,
@@ -156,7 +159,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._staging.num_waiting > 0 or bool(self._untold)
+        return self.scheduler.has_work or self._staging.num_waiting > 0 or bool(self._untold or self._suspects)
 
     def add(self, request: EngineRequest) -> None:
         """Accepts a request; from here on it ends exactly once, in an `EngineOutput` with a finish reason."""
@@ -164,7 +167,7 @@ class EngineCore:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         record = _record(request)
         self.scheduler.check_fits(record)
-        self._held[request.request_id] = _Held(record, request if self._restarts.most_an_hour else None)
+        self._held[request.request_id] = HeldRequest(record, request if self._restarts.most_an_hour else None)
         try:
             if self._staging.add(request):
                 self.scheduler.add(record)
@@ -173,7 +176,8 @@ class EngineCore:
 
     def abort(self, request_id: str) -> list[EngineOutput]:
         """Ends a request at any moment; nothing if it has ended already."""
-        if self._staging.withdraw(request_id):
+        held = self._held.get(request_id)
+        if self._staging.withdraw(request_id) or (held is not None and self._suspects.withdraw(held)):
             output = self._ended(EngineOutput(request_id, finish_reason="abort"))
             try:
                 self._staging.collected(self._last_collected)  # no step may come that would
@@ -194,6 +198,9 @@ class EngineCore:
         return outputs
 
     def _advance(self) -> None:
+        suspect = self._suspects.take()
+        if suspect is not None:
+            self._give(suspect)
         self._admit_staged()
         while self.scheduler.num_in_flight < self._depth:
             plan = self.scheduler.plan()
@@ -212,7 +219,7 @@ class EngineCore:
                 _log.error("request %s can never run: %s", update.request.request_id, update.request.stop_reason)
                 self._untold.append(self._output(update))
         self._staging.collected(self._last_collected)
-        if not self.scheduler.has_work and not self._staging.num_waiting:
+        if not self.scheduler.has_work and not self._staging.num_waiting and not self._suspects:
             self._check_books()
 
     def _check_books(self) -> None:
@@ -224,38 +231,54 @@ class EngineCore:
             self.scheduler.check()
 
     def shutdown(self) -> None:
+        self._is_shut_down = True
         self._executor.shutdown()
 
     def _replace_ranks(self, error: ExecutorError) -> None:
         """Starts others in the place of lost ranks and gives them every request again. Raises `error` where there were
-        too many losses, and `StartError` where the start fails."""
+        too many losses, and an error with its cause where the start fails."""
         while True:
-            if not self._restarts.take():
+            if self._is_shut_down or not self._restarts.take():
                 raise error
             _log.error("the ranks are started again, the %s having failed", error.stage)
             began = time.monotonic()
-            lost, info = self.scheduler, self._executor.restart()
-            self.scheduler = self._make_scheduler(info)
-            self.scheduler.count_on(lost)
-            self._staging = StagingArea(self._executor, timeout_s=self._staging_timeout_s)
-            self._last_submitted = self._last_collected = -1
-            self._num_restarts += 1
+            self._restart(error)
             try:
-                for request_id, held in list(self._held.items()):
-                    self._give_again(request_id, held)
+                self._give_all_again()
             except ExecutorError as again:
                 error = again
                 continue
             _log.warning("after %.1f s the ranks go on with %d requests", time.monotonic() - began, len(self._held))
             return
 
-    def _give_again(self, request_id: str, held: _Held) -> None:
-        """A request that was computed whenever ranks were lost may be why: it is not given to them for ever."""
-        held.num_losses += held.record.num_in_flight > 0
-        held.record.start_over()
-        if held.num_losses >= _MOST_LOSSES:
-            self._fail(request_id, f"ranks were lost {held.num_losses} times while it was computed")
-            return
+    def _restart(self, error: ExecutorError) -> None:
+        """What ranks are lost with is lost here: books of blocks and slots, staged images."""
+        for request_id, held in self._held.items():
+            held.lose(is_concerned=held.record.num_in_flight > 0 or self._staging.is_waiting(request_id))
+        lost = self.scheduler
+        try:
+            self.scheduler = self._make_scheduler(self._executor.restart())
+        except (StartError, ValueError) as failure:
+            cause = f"{error.cause}; and the ranks could not be started again: {failure}"
+            raise ExecutorError(error.stage, cause, error.rank) from None
+        self.scheduler.count_on(lost)
+        self._staging = StagingArea(self._executor, timeout_s=self._staging_timeout_s)
+        self._last_submitted = self._last_collected = -1
+        self._num_restarts += 1
+
+    def _give_all_again(self) -> None:
+        """Those that were in work one at a time; one with which ranks are lost again ends."""
+        self._suspects.clear()
+        for request_id, held in list(self._held.items()):
+            held.record.start_over()
+            if held.num_losses >= _MOST_LOSSES:
+                self._fail(request_id, f"ranks were lost {held.num_losses} times while it was computed")
+            elif held.num_losses:
+                self._suspects.append(held)
+            else:
+                self._give(held)
+
+    def _give(self, held: HeldRequest) -> None:
         assert held.request is not None, "requests are kept where ranks may be replaced"
         if self._staging.add(held.request):
             self.scheduler.add(held.record)
@@ -291,22 +314,10 @@ class EngineCore:
         return self._ended(output) if request.is_finished else output
 
     def _ended(self, output: EngineOutput) -> EngineOutput:
-        images = self._held.pop(output.request_id).record.images
-        self._staging.end(output.request_id, (span.image for span in images), self._last_submitted)
+        held = self._held.pop(output.request_id)
+        held.has_ended = True
+        self._staging.end(output.request_id, (span.image for span in held.record.images), self._last_submitted)
         return output
-
-
-@dataclass(slots=True)
-class _Held:
-    """A request that has not ended.
-
-    request: it as it came, images included; None where it is never given to the ranks again.
-    num_losses: how often it was being computed when ranks were lost.
-    """
-
-    record: Request
-    request: EngineRequest | None
-    num_losses: int = 0
 
 
 def _record(request: EngineRequest) -> Request:

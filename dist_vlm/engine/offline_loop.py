@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -122,8 +123,9 @@ class OfflineLoop:
     def _abort(self, request_ids: Collection[str], mine: dict[str, RequestLog]) -> None:
         """Ends engine requests of this run as far as they have not ended, and what was told of them and not heard."""
         for request_id in request_ids:
-            if mine.pop(request_id, None) is not None:
-                self._core.abort(request_id)
+            if mine.pop(request_id, None) is not None and self._dead is None:
+                with self._ending_with_ranks():
+                    self._core.abort(request_id)
         if request_ids:
             self._news = deque(one for one in self._news if one.request_id not in request_ids)
 
@@ -132,8 +134,18 @@ class OfflineLoop:
         ranks' no longer agree."""
         self._check_alive()
         began = time.monotonic()
-        try:
+        with self._ending_with_ranks():
             outputs = self._core.step()
+        self._step_s = time.monotonic() - began
+        return outputs
+
+    @contextmanager
+    def _ending_with_ranks(self, *refusals: type[Exception]) -> Iterator[None]:
+        """What is raised inside ends the engine, but for refusals of a request."""
+        try:
+            yield
+        except refusals:
+            raise
         except ExecutorError as error:
             self._dead = error
             self._ending()
@@ -142,8 +154,6 @@ class OfflineLoop:
             self._dead = ExecutorError("step", f"the engine was broken off by {type(error).__name__}")
             self._ending()
             raise
-        self._step_s = time.monotonic() - began
-        return outputs
 
     def _check_alive(self) -> None:
         if self._dead is not None:
@@ -188,7 +198,8 @@ class OfflineLoop:
             self._core.set_processors(log.processors_name, log.processors)
         for index, request in enumerate(processed.requests):
             try:
-                self._core.add(request)
+                with self._ending_with_ranks(ValueError):
+                    self._core.add(request)
             except ValueError:
                 for added in processed.requests[:index]:
                     self._core.abort(added.request_id)

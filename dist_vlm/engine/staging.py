@@ -44,6 +44,10 @@ class StagingArea:
         """Bytes of all images staged or on their way."""
         return self._num_bytes
 
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether images of the request are still on their way."""
+        return request_id in self._waiting
+
     def add(self, request: EngineRequest) -> bool:
         """Begins to stage a request's images; true if they have all arrived already."""
         missing = set()

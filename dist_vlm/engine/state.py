@@ -14,8 +14,8 @@ class EngineState:
     """Taken between two steps; it does not change afterwards.
 
     stats: counts since the start.
-    num_running, num_waiting: requests that hold a slot, and those that wait for one. num_staging: those that came
-        before them and wait for their images to reach the ranks.
+    num_running, num_waiting: requests that hold a slot, and those that wait for one. num_staging: those that wait for
+        their images to reach the ranks, or after a loss of ranks to be given to the new ones.
     num_blocks, num_held_blocks, num_cached_blocks: KV blocks in all, those that requests hold, and those that nobody
         holds but whose content is kept. The others are free.
     num_feature_rows, feature_row_capacity: rows of encoded images on the ranks, and most rows there at once (None: as

@@ -10,18 +10,20 @@ from hypothesis import strategies as st
 
 from dist_vlm.engine.core import EngineCore
 from dist_vlm.engine.messages import EngineRequest
-from dist_vlm.executor.base import ExecutorError, StartError
+from dist_vlm.executor.base import ExecutorError
 from dist_vlm.executor.fake import FakeExecutor
-from dist_vlm.workers.plan import SamplingRow
+from dist_vlm.workers.plan import SamplingRow, StepPlan
 
 from .test_core import drain, expected, request
 
 LOST = ExecutorError("step", "the process ended", 1)
 
 
-def engine(*, max_restarts: int = 9, depth: int = 2, **script: Any) -> tuple[EngineCore, FakeExecutor]:
+def engine(
+    *, max_restarts: int = 9, depth: int = 2, kind: type[FakeExecutor] = FakeExecutor, **script: Any
+) -> tuple[EngineCore, FakeExecutor]:
     sizes = {"block_size": 4, "max_num_seqs": 3, "max_num_batched_tokens": 8}
-    executor = FakeExecutor(num_blocks=16, **sizes, **{"restarts": 9, **script})
+    executor = kind(num_blocks=16, **sizes, **{"restarts": 9, **script})
     core = EngineCore(
         executor, max_model_len=64, depth=depth, feature_rows=12, max_restarts=max_restarts, **sizes
     )  # fmt: skip
@@ -99,24 +101,48 @@ def test_a_loss_is_found_by_whatever_asks_first(what: str) -> None:
         assert set(ends) == ({"waits", "late"} if what == "add" else {"waits"})
 
 
-def test_a_request_that_was_computed_at_two_losses_ends_and_the_others_go_on() -> None:
-    core, executor = engine(depth=1, fail_steps={0: LOST})
-    core.add(request("suspect", 8, 4))
-    core.add(request("other", 8, 4))
-    (output,) = step_until_outputs(core)
-    assert (output.request_id, core.state().num_restarts) == ("suspect", 1)
-    executor.lose(LOST)  # while the suspect decodes beside the other's prompt
+class Fragile(FakeExecutor):
+    """Loses its ranks when a prompt of thirteen tokens begins, or when the image "bad" comes."""
+
+    def submit(self, plan: StepPlan) -> None:
+        super().submit(plan)
+        if any(len(new.token_ids) == 13 for new in plan.new):
+            self.lose(LOST)
+
+    def stage(self, key: str, kind: Any, array: Any) -> None:
+        super().stage(key, kind, array)
+        if key == "bad":
+            self.lose(LOST)
+
+
+@pytest.mark.parametrize("image", [None, "bad"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_request_that_loses_the_ranks_whenever_it_comes_ends_alone(image: str | None, depth: int) -> None:
+    core, executor = engine(depth=depth, kind=Fragile, staging_polls=1)
+    others = [request(name, 6, 5, image="x" if name == "b" else None) for name in "abc"]
+    for one in (others[0], request("suspect", 12 if image else 13, 4, image=image), *others[1:]):
+        core.add(one)
     tokens, ends = drain(core)
-    assert ends["suspect"] == ("error", "ranks were lost 2 times while it was computed")
-    assert ends["other"] == ("length", None)
-    assert tokens["other"] == expected(request("other", 8, 4))
+    assert ends == {
+        "suspect": ("error", "ranks were lost 2 times while it was computed"),
+        **{one.request_id: ("length", None) for one in others},
+    }
+    assert [tokens[one.request_id] for one in others] == [expected(one) for one in others]
+    assert (core.state().num_restarts, executor.staged_images) == (2, ())
 
 
-def step_until_outputs(core: EngineCore) -> list[Any]:
-    for _ in range(20):
-        if outputs := core.step():
-            return outputs
-    raise AssertionError("no step told anything")
+def test_a_request_that_gets_tokens_between_losses_is_not_suspected() -> None:
+    core, executor = engine()
+    one = request("a", 8, 20)
+    core.add(one)
+    tokens: list[int] = []
+    while core.has_work:
+        outputs = core.step()
+        tokens += [token for output in outputs for token in output.new_token_ids]
+        if outputs and len(tokens) % 4 == 0 and not outputs[-1].finish_reason:
+            executor.lose(LOST)
+    assert tokens == expected(one)
+    assert core.state().num_restarts == 4
 
 
 def test_the_error_ends_the_engine_where_there_were_too_many_losses() -> None:
@@ -135,8 +161,20 @@ def test_the_failed_start_ends_the_engine() -> None:
     executor.lose(LOST)
     core.check()
     executor.lose(LOST)
-    with pytest.raises(StartError, match="no rank is left to start"):
+    told = r"\(rank 1\): the process ended; and .* again: load .*no rank is left"
+    with pytest.raises(ExecutorError, match=told) as caught:
         core.check()
+    assert (caught.value.stage, caught.value.rank) == ("step", 1)
+
+
+def test_ranks_are_not_started_again_where_the_engine_is_shut_down(caplog: pytest.LogCaptureFixture) -> None:
+    core, executor = engine()
+    executor.lose(LOST)
+    core.shutdown()
+    executor._state = "started"  # as where the shutdown of another thread is not yet through
+    with pytest.raises(ExecutorError, match="the process ended"):
+        core.check()
+    assert (core.state().num_restarts, caplog.text) == (0, "")
 
 
 def test_an_hour_later_there_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
