@@ -42,12 +42,13 @@ def find(class_name: str, settings: Mapping[str, Any]) -> KnownProcessor | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        levels = np.array(found["scaled_crop"].pop("levels"), dtype=np.float32)
-        if levels.shape != (3, 256):
-            return None
-        return KnownProcessor(found["digest"], ScaledCrop(**found["scaled_crop"], levels=levels))
+        digest, crop = found["digest"], found["scaled_crop"]
+        levels = np.array(crop.pop("levels"), dtype=np.float32)
+        known = KnownProcessor(digest, ScaledCrop(**crop, levels=levels))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+    is_whole = isinstance(digest, str) and levels.shape == (3, 256) and all(type(one) is int for one in crop.values())
+    return known if is_whole else None
 
 
 def keep(class_name: str, settings: Mapping[str, Any], known: KnownProcessor) -> None:
@@ -67,7 +68,10 @@ def _path(class_name: str, settings: Mapping[str, Any]) -> Path | None:
     if folder is None:
         return None
     digest = hashlib.blake2b(digest_size=12)
-    versions = [importlib.metadata.version(name) for name in _LIBRARIES]
+    try:
+        versions = [importlib.metadata.version(name) for name in _LIBRARIES]
+    except importlib.metadata.PackageNotFoundError:  # one of another name stands in for it
+        return None
     digest.update(json.dumps([class_name, settings, versions], sort_keys=True, default=str).encode())
     for name in _SOURCES:
         digest.update((Path(__file__).parent / name).read_bytes())

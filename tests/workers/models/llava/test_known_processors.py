@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,15 +65,35 @@ def test_a_process_that_finds_it_known_imports_nothing_and_gives_the_same(cache:
     assert other._processor is None
 
 
+def with_field(name: str, value: Any) -> Callable[[str], str]:
+    def change(good: str) -> str:
+        kept = json.loads(good)
+        kept["scaled_crop"][name] = value
+        return json.dumps(kept)
+
+    return change
+
+
 @pytest.mark.parametrize(
-    "content",
-    ["", "{}", "[]", '{"digest": "x", "scaled_crop": {}}', '{"digest": "x", "scaled_crop": {"levels": [[1]]}}'],
+    "spoil",
+    [
+        lambda good: "",
+        lambda good: good[:100],
+        lambda good: "[]",
+        lambda good: json.dumps(json.loads(good) | {"digest": 7}),
+        with_field("levels", [[1.0]]),
+        with_field("shortest_edge", "56"),
+        with_field("height", 56.0),
+        with_field("more", 1),
+    ],
 )
-def test_an_entry_that_cannot_be_read_is_found_out_anew(cache: Path, tiny_facts: Path, content: str) -> None:
+def test_an_entry_that_cannot_be_read_is_found_out_anew(
+    cache: Path, tiny_facts: Path, spoil: Callable[[str], str]
+) -> None:
     first = made(tiny_facts)
     (entry,) = cache.iterdir()
     good = entry.read_text()
-    entry.write_text(content)
+    entry.write_text(spoil(good))
     assert made(tiny_facts).digest == first.digest
     assert entry.read_text() == good
 
@@ -87,6 +110,12 @@ def test_other_settings_and_other_versions_are_not_known(
     assert known_processors.find("CLIPImageProcessorPil", settings | {"image_mean": [0.4, 0.5, 0.5]}) is None
     monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9")
     assert known_processors.find("CLIPImageProcessorPil", settings) is None
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    assert known_processors.find("CLIPImageProcessorPil", settings) is None
+
+
+def missing(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 def test_without_a_cache_it_is_found_out_each_time(
