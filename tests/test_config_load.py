@@ -31,6 +31,8 @@ EXPECTED = {
     "llava-1.5-7b-4gpu": (4, 1, 1),
     "llava-1.5-7b-8gpu": (8, 1, 1),
     "llava-1.5-7b-2node": (8, 2, 2),
+    "llava-70b-4gpu": (4, 1, 1),
+    "llava-70b-8gpu": (8, 1, 1),
 }
 
 

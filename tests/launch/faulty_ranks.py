@@ -29,8 +29,7 @@ class WrongTheta(Runner):
         report = super().load()
         language: Any = self.language
         head_dim = language.facts.head_dim
-        config = language.rotary._config
-        config.rope_parameters["rope_theta"] *= 2
+        config = dataclasses.replace(language.facts, rope_theta=2 * language.facts.rope_theta)
         language.rotary = RotaryFrequencies(config, head_dim=head_dim, dtype=self.dtype, device=self.device)
         return report
 

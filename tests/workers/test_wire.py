@@ -85,6 +85,7 @@ def test_configs_and_reports_come_back_equal(kv_cache_bytes: int | None) -> None
         False,
         "fused",
         "{}",
+        None,
         0,
         256,
         True,
