@@ -35,6 +35,7 @@ from dist_vlm.engine.rank_config import executor_for
 from dist_vlm.executor.base import ExecutorError
 from dist_vlm.executor.ray import RayExecutor
 from dist_vlm.launch.bench_engine import check_pictures_fit, greedy
+from dist_vlm.launch.bench_flags import whole
 from dist_vlm.launch.bench_record import record
 from dist_vlm.launch.bench_workload import WARM_UP, request
 
@@ -135,7 +136,11 @@ def left_of(pids: Sequence[int], limit_s: float) -> list[str]:
         time.sleep(POLL_S)
         running = parents()
         left = [pid for pid in left if pid in running]
-    return [Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()[:120] for pid in left]
+    commands = []
+    for pid in left:
+        with suppress(OSError):  # it may end now
+            commands.append(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()[:120])
+    return commands
 
 
 async def first_token_s(config: EngineConfig) -> dict[str, float]:
@@ -248,10 +253,10 @@ def ms(moment: float | None, killed: float) -> float | None:
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file; without it --model is needed")
-    parser.add_argument("--rank", type=int, default=1, help="the one that is killed")
-    parser.add_argument("--after-s", type=float, default=5.0, help="seconds of traffic before that")
-    parser.add_argument("--in-flight", type=int, default=16, help="requests at any time")
-    parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--rank", type=whole(0), default=1, help="the one that is killed")
+    parser.add_argument("--after-s", type=whole(1), default=5, help="seconds of traffic before that")
+    parser.add_argument("--in-flight", type=whole(1), default=16, help="requests at any time")
+    parser.add_argument("--output-tokens", type=whole(1), default=128)
     parser.add_argument("--commit", help="in place of what git says")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     add_config_flags(parser)

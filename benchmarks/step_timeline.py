@@ -30,6 +30,7 @@ from dist_vlm.executor.base import Executor
 from dist_vlm.executor.inline import InlineExecutor
 from dist_vlm.executor.ray import RayExecutor
 from dist_vlm.launch.bench_engine import check_output, greedy
+from dist_vlm.launch.bench_flags import whole
 from dist_vlm.launch.bench_record import record
 from dist_vlm.launch.bench_steps import Prompts
 from dist_vlm.workers.models import read_spec
@@ -102,6 +103,9 @@ def tables(folder: Path, device: str, arguments: argparse.Namespace) -> list[dic
 def measure(config: EngineConfig, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     wish = {"folder": str(folder), "batches": arguments.batches, "skip": arguments.skip, "steps": arguments.steps}
     os.environ[WISH] = json.dumps(wish)
+    for batch in arguments.batches:  # of an earlier run
+        for name in (f"{batch}.json", f"{batch}.trace.json"):
+            (folder / name).unlink(missing_ok=True)
     # Ranks import the runner by its name.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     # What traces kernels stays once it is there: it does not come back well beside recordings.
@@ -113,10 +117,10 @@ def measure(config: EngineConfig, arguments: argparse.Namespace, folder: Path) -
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file; without it --model is needed")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="sequences of a step")
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=48, help="timed, and then profiled")
-    parser.add_argument("--skip", type=int, default=16, help="steps before them")
+    parser.add_argument("--batches", type=whole(1), nargs="+", default=[1, 64], help="sequences of a step")
+    parser.add_argument("--prompt-tokens", type=whole(1), default=32)
+    parser.add_argument("--steps", type=whole(UNSETTLED + 2), default=48, help="timed, and then profiled")
+    parser.add_argument("--skip", type=whole(1), default=16, help="steps before them")
     parser.add_argument("--first", default=FIRST, help="short name of a step's first kernel")
     parser.add_argument("--last", default=LAST, help="short name of a step's last kernel but copies")
     parser.add_argument("--traces", type=Path, help="folder in which the traces stay, for chrome://tracing")
@@ -126,9 +130,24 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def check(config: EngineConfig, arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` for what the configuration cannot do."""
+    most, longest = config.scheduler.max_num_seqs, config.model.max_model_len
+    if max(arguments.batches) > most:
+        problem = f"must be at most scheduler.max_num_seqs, which is {most}"
+        raise ConfigError(problem, field="batches", value=max(arguments.batches), source="--batches")
+    num_tokens = arguments.prompt_tokens + arguments.skip + 2 * arguments.steps + 2 * MARGIN
+    if longest is not None and num_tokens > longest:
+        problem = (
+            f"must be at most {(longest - num_tokens) // 2 + arguments.steps}: a sequence has {longest} tokens at most"
+        )
+        raise ConfigError(problem, field="steps", value=arguments.steps, source="--steps")
+
+
 def main(words: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(words)
     config = load_config(arguments.config, config_flags(arguments)).resolve()
+    check(config, arguments)
     with tempfile.TemporaryDirectory() as folder:
         kept = arguments.traces or Path(folder)
         kept.mkdir(exist_ok=True)

@@ -105,10 +105,10 @@ class MeasuredEngine:
 
 @contextmanager
 def started_engine(config: EngineConfig, rates: DeviceRates | None) -> Iterator[MeasuredEngine]:
-    """config: resolved."""
+    """config: resolved. Ranks that are lost end it: the seconds of a start would be in what is measured."""
     from dist_vlm import LLM
 
-    with LLM.from_config(config) as llm:
+    with LLM.from_config(config.replace(max_restarts=0)) as llm:
         yield MeasuredEngine(config, llm, _floor_of(config, llm, rates))
 
 

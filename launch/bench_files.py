@@ -25,6 +25,8 @@ class Target:
             self._make()
         elif not os.path.isdir(os.path.dirname(self.path) or ".") or os.path.isdir(self.path):
             raise self._error("must be a file in an existing directory")
+        elif not _can_be_written(self.path):
+            raise self._error("must be a file that can be written")
         elif self.flag == "--plot" and not self.path.endswith(self.ending):
             raise self._error(f"must end in {self.ending}: no other form is drawn")
 
@@ -35,6 +37,8 @@ class Target:
 
     def _make(self) -> None:
         if os.path.isdir(self.path):
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise self._error("must be a directory that can be written to")
             return
         try:
             os.mkdir(self.path)
@@ -43,3 +47,9 @@ class Target:
 
     def _error(self, problem: str) -> ConfigError:
         return ConfigError(problem, field=self.flag.removeprefix("--"), value=self.path, source=self.flag)
+
+
+def _can_be_written(path: str) -> bool:
+    if os.path.exists(path):
+        return os.access(path, os.W_OK)
+    return os.access(os.path.dirname(path) or ".", os.W_OK | os.X_OK)

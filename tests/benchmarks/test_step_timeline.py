@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import step_timeline
 
+from dist_vlm.config import ConfigError
+
 INLINE = ["--executor", "inline", "--device", "cpu", "--kv-cache-memory-gib", "0.02", "--threads-per-rank", "1"]
 OPERATORS = ["--first", "aten::lt", "--last", "aten::isfinite"]
 
@@ -55,6 +57,26 @@ def test_of_a_trace_what_ran_on_the_device_is_taken(tmp_path: Path) -> None:
 
 def test_a_batch_that_is_never_whole_is_told(tiny_facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_timeline, "MARGIN", -4)
-    words = ["--load-format", "dummy", "--batches", "2", "--steps", "4", "--skip", "2"]
-    with pytest.raises(RuntimeError, match="there were never 10 steps of 2 in turn"):
+    for name in ("2.json", "2.trace.json"):  # of a run before
+        (tmp_path / name).write_text("{}")
+    words = ["--load-format", "dummy", "--batches", "2", "--steps", "6", "--skip", "2", "--traces", str(tmp_path)]
+    with pytest.raises(RuntimeError, match="there were never 14 steps of 2 in turn"):
         run(tiny_facts, tmp_path / "out.json", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batches", "0"], "'0': must be an integer, at least 1"),
+        (["--steps", "4"], "'4': must be an integer, at least 6"),
+        (["--skip", "-5"], "'-5': must be an integer, at least 1"),
+        (["--batches", "2", "300"], "--batches = 300: must be at most scheduler.max_num_seqs, which is 256"),
+        (["--steps", "4000"], "--steps = 4000: must be at most "),
+    ],
+)
+def test_a_wrong_number_is_named(
+    tiny_facts: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((SystemExit, ConfigError)) as caught:
+        step_timeline.main(["--model", str(tiny_facts), "--device", "cpu", *words])
+    assert message in str(caught.value) + capsys.readouterr().err
