@@ -112,7 +112,7 @@ class LLM:
         try:
             if config.parallel.executor == "inline":
                 loading.result()  # two threads that import parts of one library may meet half a module
-            self.executor_info: ExecutorInfo = self._core.start()
+            self.executor_info: ExecutorInfo = self._core.start()  # of the first ranks, where others took their place
             self._front: Front = loading.result()
         except BaseException:
             self.shutdown()

@@ -10,6 +10,7 @@ from transformers import LlavaForConditionalGeneration, LogitsProcessor, LogitsP
 
 from dist_vlm import LLM, SamplingParams
 from dist_vlm.config import ConfigError, EngineConfig
+from dist_vlm.executor.base import ExecutorError
 from dist_vlm.executor.fake import FakeExecutor, checksum_token
 from dist_vlm.multimodal.image import ImageFeatureData, ImagePixelData
 
@@ -36,6 +37,27 @@ def fake_llm(tiny_facts):
         return LLM.from_config(config, executor=FakeExecutor(num_blocks=64, **script))
 
     return make
+
+
+def test_ranks_that_are_lost_while_a_request_is_taken_in_end_the_engine(fake_llm) -> None:
+    picture = Image.fromarray(np.zeros((60, 80, 3), np.uint8))
+    inputs = {"prompt": "USER: <image>\nWhat? ASSISTANT:", "multi_modal_data": {"image": picture}}
+    llm = fake_llm()
+    llm._core._executor.lose(ExecutorError("step", "its process died", 1))
+    with pytest.raises(ExecutorError, match=r"\(rank 1\): its process died"):
+        llm.generate(inputs, use_tqdm=False)
+    assert llm._loop._dead is not None
+    with pytest.raises(ExecutorError, match=r"\(rank 1\): its process died"):
+        llm.generate("hello", use_tqdm=False)
+
+
+def test_lost_ranks_are_replaced_amid_a_call(fake_llm) -> None:
+    prompts = [f"prompt {number}" for number in range(9)]
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    expected = fake_llm().generate(prompts, params, use_tqdm=False)
+    llm = fake_llm(restarts=1, fail_steps={5: ExecutorError("step", "its process died", 1)})
+    assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == tokens_of(expected)
+    assert llm._core.state().num_restarts == 1
 
 
 def tokens_of(outputs):
