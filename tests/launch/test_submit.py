@@ -131,7 +131,7 @@ def test_a_server_is_used_from_outside_and_finishes_what_it_has_when_it_is_stopp
     assert int(client.details("the-server").runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 77
     with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret-key"}, timeout=60) as http:
         model = http.get("/v1/models").json()["data"][0]["id"]
-        body = {"model": model, "prompt": "USER: Hello ASSISTANT:", "max_tokens": 900, "ignore_eos": True}
+        body = {"model": model, "prompt": "USER: Hello ASSISTANT:", "max_tokens": 400, "ignore_eos": True}
         with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
             events = response.iter_lines()
             assert next(events).startswith("data: {")
