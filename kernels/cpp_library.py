@@ -101,7 +101,7 @@ def _cache_folder() -> Path:
     folder = cache_folder("kernels")
     if folder is not None:
         return folder
-    _log.warning("the user's cache cannot be written to: the CPU kernels are compiled for this process alone")
+    _log.warning("there is no cache that is this user's alone: the CPU kernels are compiled for this process alone")
     return Path(tempfile.mkdtemp(prefix="dist-vlm-kernels-"))
 
 
