@@ -230,7 +230,9 @@ def test_a_shutdown_amid_a_restart_leaves_no_ray(slow: str, wait_s: float) -> No
     facts = facts_of(process)
     process.communicate(timeout=60)
     assert (facts["is_over"], facts["has_ray"], facts["left"]) == (True, False, 0)
-    assert len(facts["told"]) == 1 and facts["threads"] == ["MainThread"]
+    assert facts["threads"] == ["MainThread"]
+    # A restart that nothing slows may be through before.
+    assert len(facts["told"]) == 1 or (slow == "not" and not facts["told"])
     assert_gone(facts["pids"])
 
 
