@@ -22,6 +22,15 @@ import os
 import sysconfig
 import zlib
 
+# CLIP ViT-L/14 at 336 pixels.
+CLIP_336 = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
 PRESETS = {
     "tiny": dict(
         dtype="float32",
@@ -73,14 +82,7 @@ PRESETS = {
             num_key_value_heads=32,
             head_dim=128,
         ),
-        vision=dict(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        ),
+        vision=CLIP_336,
         max_pos=4096,
     ),
     # The language model is that of Llama 2 70B; bfloat16 weights have 138 GB.
@@ -94,14 +96,7 @@ PRESETS = {
             num_key_value_heads=8,
             head_dim=128,
         ),
-        vision=dict(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        ),
+        vision=CLIP_336,
         max_pos=4096,
     ),
 }
