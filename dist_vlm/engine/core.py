@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from dist_vlm.engine.held_request import HeldRequest, Suspects
+from dist_vlm.engine.held_request import HeldRequest, ReturnLine
 from dist_vlm.engine.messages import EngineOutput, EngineRequest
 from dist_vlm.engine.restart_budget import RestartBudget
 from dist_vlm.engine.staging import StagingArea
@@ -76,7 +76,7 @@ class EngineCore:
         self._is_shut_down = False
         self._held: dict[str, HeldRequest] = {}  # in the order of their arrival
         self._untold: list[EngineOutput] = []
-        self._suspects = Suspects()
+        self._returning = ReturnLine()
         self._last_submitted = -1
         self._last_collected = -1
         self._checked_at = -math.inf
@@ -114,7 +114,7 @@ class EngineCore:
             stats=copy.copy(scheduler.stats),
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            num_staging=staging.num_waiting + len(self._suspects),
+            num_staging=staging.num_waiting + len(self._returning),
             num_blocks=scheduler.pool.num_blocks,
             num_held_blocks=scheduler.pool.num_held,
             num_cached_blocks=scheduler.pool.num_cached,
@@ -159,7 +159,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._staging.num_waiting > 0 or bool(self._untold or self._suspects)
+        return self.scheduler.has_work or self._staging.num_waiting > 0 or bool(self._untold or self._returning)
 
     def add(self, request: EngineRequest) -> None:
         """Accepts a request; from here on it ends exactly once, in an `EngineOutput` with a finish reason."""
@@ -167,7 +167,11 @@ class EngineCore:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         record = _record(request)
         self.scheduler.check_fits(record)
-        self._held[request.request_id] = HeldRequest(record, request if self._restarts.most_an_hour else None)
+        held = HeldRequest(record, request if self._restarts.most_an_hour else None)
+        self._held[request.request_id] = held
+        if self._returning:
+            self._returning.append(held)  # behind those that were here before
+            return
         try:
             if self._staging.add(request):
                 self.scheduler.add(record)
@@ -177,7 +181,7 @@ class EngineCore:
     def abort(self, request_id: str) -> list[EngineOutput]:
         """Ends a request at any moment; nothing if it has ended already."""
         held = self._held.get(request_id)
-        if self._staging.withdraw(request_id) or (held is not None and self._suspects.withdraw(held)):
+        if self._staging.withdraw(request_id) or (held is not None and self._returning.withdraw(held)):
             output = self._ended(EngineOutput(request_id, finish_reason="abort"))
             try:
                 self._staging.collected(self._last_collected)  # no step may come that would
@@ -198,9 +202,8 @@ class EngineCore:
         return outputs
 
     def _advance(self) -> None:
-        suspect = self._suspects.take()
-        if suspect is not None:
-            self._give(suspect)
+        for held in self._returning.take():
+            self._give(held)
         self._admit_staged()
         while self.scheduler.num_in_flight < self._depth:
             plan = self.scheduler.plan()
@@ -219,7 +222,7 @@ class EngineCore:
                 _log.error("request %s can never run: %s", update.request.request_id, update.request.stop_reason)
                 self._untold.append(self._output(update))
         self._staging.collected(self._last_collected)
-        if not self.scheduler.has_work and not self._staging.num_waiting and not self._suspects:
+        if not self.scheduler.has_work and not self._staging.num_waiting and not self._returning:
             self._check_books()
 
     def _check_books(self) -> None:
@@ -267,16 +270,16 @@ class EngineCore:
         self._num_restarts += 1
 
     def _give_all_again(self) -> None:
-        """Those that were in work one at a time; one with which ranks are lost again ends."""
-        self._suspects.clear()
+        """In line; one with which ranks are lost again ends."""
+        self._returning.clear()
         for request_id, held in list(self._held.items()):
             held.record.start_over()
             if held.num_losses >= _MOST_LOSSES:
                 self._fail(request_id, f"ranks were lost {held.num_losses} times while it was computed")
-            elif held.num_losses:
-                self._suspects.append(held)
             else:
-                self._give(held)
+                self._returning.append(held)
+        for held in self._returning.take():
+            self._give(held)
 
     def _give(self, held: HeldRequest) -> None:
         assert held.request is not None, "requests are kept where ranks may be replaced"

@@ -37,35 +37,47 @@ class HeldRequest:
         self.num_tokens = len(self.record.output_token_ids)
 
 
-class Suspects:
-    """Requests of which one may be why ranks were lost. They come back one at a time, each when the one before it has
-    got a token or has ended: with whichever ranks are lost again, it is known."""
+class ReturnLine:
+    """Requests that wait to be given to new ranks.
+
+    Suspects come first, of which one may be why ranks were lost: one at a time, each when the one before it has got a
+    token or has ended, so that with whichever ranks are lost again, it is known. The others follow together, for they
+    would take the places of those that had them.
+    """
 
     def __init__(self) -> None:
-        self._waiting: deque[HeldRequest] = deque()
+        self._suspects: deque[HeldRequest] = deque()
+        self._others: deque[HeldRequest] = deque()
         self._on_trial: HeldRequest | None = None
 
     def __len__(self) -> int:
         """Those that wait."""
-        return len(self._waiting)
+        return len(self._suspects) + len(self._others)
 
     def clear(self) -> None:
-        self._waiting.clear()
+        self._suspects.clear()
+        self._others.clear()
         self._on_trial = None
 
     def append(self, held: HeldRequest) -> None:
-        self._waiting.append(held)
+        (self._suspects if held.num_losses else self._others).append(held)
 
     def withdraw(self, held: HeldRequest) -> bool:
         """Takes one out that waits; false if it does not."""
-        if held not in self._waiting:
-            return False
-        self._waiting.remove(held)
-        return True
+        for queue in (self._suspects, self._others):
+            if held in queue:
+                queue.remove(held)
+                return True
+        return False
 
-    def take(self) -> HeldRequest | None:
-        """The next one, if it is its turn."""
+    def take(self) -> list[HeldRequest]:
+        """Those whose turn it is."""
         if self._on_trial is not None and not (self._on_trial.has_ended or self._on_trial.has_news):
-            return None
-        self._on_trial = self._waiting.popleft() if self._waiting else None
-        return self._on_trial
+            return []
+        if self._suspects:
+            self._on_trial = self._suspects.popleft()
+            return [self._on_trial]
+        self._on_trial = None
+        others = list(self._others)
+        self._others.clear()
+        return others

@@ -131,6 +131,25 @@ def test_a_request_that_loses_the_ranks_whenever_it_comes_ends_alone(image: str 
     assert (core.state().num_restarts, executor.staged_images) == (2, ())
 
 
+@pytest.mark.parametrize("aborts", [False, True])
+def test_those_that_were_in_work_come_before_those_that_waited_and_newcomers(aborts: bool) -> None:
+    core, executor = engine()
+    for name in "abcdefgh":  # three have a slot
+        core.add(request(name, 4, 6))
+    core.step()
+    core.step()
+    executor.lose(LOST)
+    core.check()
+    core.add(request("i", 4, 6))
+    if aborts:
+        assert [core.abort(name)[0].finish_reason for name in "bdi"] == ["abort"] * 3
+    assert core.state().num_staging == 9 - 1 - 3 * aborts, "one is tried, and nobody else is given"
+    ended = []
+    while core.has_work:
+        ended += [output.request_id for output in core.step() if output.finish_reason]
+    assert ended == (list("acefgh") if aborts else list("abcdefghi"))
+
+
 def test_a_request_that_gets_tokens_between_losses_is_not_suspected() -> None:
     core, executor = engine()
     one = request("a", 8, 20)
