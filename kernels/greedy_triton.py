@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dist_vlm.kernels.checks import check_float, check_rows, check_shape
+from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
 
 # Logits looked at together: with 16 warps, 64 bytes of float32 a thread under way.
 _TILE = 8192
@@ -38,12 +39,18 @@ def greedy_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
     if num_rows:
         tile = min(_TILE, triton.next_power_of_2(vocab))
         warps = max(1, tile // (32 * _THREAD_NUMBERS))
-        _greedy_kernel[(num_rows,)](logits, tokens, finite, logits.stride(0), vocab=vocab, tile=tile, num_warps=warps)
+        _greedy_kernel[(num_rows,)](
+            logits, tokens, finite, logits.stride(0), vocab=vocab, tile=tile, num_warps=warps, **launch_early()
+        )
     return tokens, finite
 
 
 @triton.jit
-def _greedy_kernel(logits, tokens, finite, stride, vocab: tl.constexpr, tile: tl.constexpr):
+def _greedy_kernel(
+    logits, tokens, finite, stride, vocab: tl.constexpr, tile: tl.constexpr, early: tl.constexpr = False
+):
+    start_next(early)
+    await_previous(early)
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, tile)
     # Of each lane: its highest, the first place of it, and whether a number was not finite.

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
+
 # Outputs of a program, and numbers of their rows read together: 64 bytes a thread with 8 warps.
 _OUTPUTS = 4
 _TILE = 2048
@@ -57,6 +59,7 @@ def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         outputs=_OUTPUTS,
         tile=tile,
         num_warps=max(1, tile // 256),
+        **launch_early(),
     )
     return out
 
@@ -79,29 +82,43 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, tile
         stages=stages,
         precision="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=4,
+        **launch_early(),
     )
     return out
 
 
 @triton.jit
 def _one_row_kernel(
-    x, weight, bias, out, stride, out_features, in_features: tl.constexpr, outputs: tl.constexpr, tile: tl.constexpr
+    x,
+    weight,
+    bias,
+    out,
+    stride,
+    out_features,
+    in_features: tl.constexpr,
+    outputs: tl.constexpr,
+    tile: tl.constexpr,
+    early: tl.constexpr = False,
 ):
+    start_next(early)
     row = tl.program_id(0) * outputs + tl.arange(0, outputs)
-    exists = row < out_features
+    exists = (row < out_features)[:, None]
     columns = tl.arange(0, tile)
+    weights = weight + row[:, None].to(tl.int64) * stride + columns[None, :]
+    # The first are on their way while the kernel before ends.
+    part = tl.load(weights, mask=exists & (columns < in_features)[None, :], other=0.0, eviction_policy="evict_first")
+    await_previous(early)
     # Added up over the threads at the end, once, and not in every round.
-    acc = tl.zeros((outputs, tile), tl.float32)
-    for start in range(0, in_features, tile):
+    acc = part.to(tl.float32) * tl.load(x + columns, mask=columns < in_features, other=0.0).to(tl.float32)[None, :]
+    for start in range(tile, in_features, tile):
         inside = start + columns < in_features
         numbers = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
-        place = weight + row[:, None].to(tl.int64) * stride + (start + columns)[None, :]
-        part = tl.load(place, mask=exists[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first")
+        part = tl.load(weights + start, mask=exists & inside[None, :], other=0.0, eviction_policy="evict_first")
         acc += part.to(tl.float32) * numbers[None, :]
     result = tl.sum(acc, 1)
     if bias is not None:
-        result += tl.load(bias + row, mask=exists, other=0.0).to(tl.float32)
-    tl.store(out + row, result.to(out.dtype.element_ty), mask=exists)
+        result += tl.load(bias + row, mask=row < out_features, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < out_features)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -119,8 +136,11 @@ def _few_rows_kernel(
     tile: tl.constexpr,
     stages: tl.constexpr,
     precision: tl.constexpr,
+    early: tl.constexpr = False,
 ):
+    start_next(early)
     output = tl.program_id(0) * outputs + tl.arange(0, outputs)
+    await_previous(early)
     row = tl.arange(0, rows)
     column = tl.arange(0, tile)
     # The weight stands on the left: its rows are many, and those of x the few that the matrix units want on the right.

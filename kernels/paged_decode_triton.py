@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
 from dist_vlm.kernels.paged_plan_triton import VARYING, TritonPlan
 
 # Programs that fill a GPU when it decodes; parts are added until the batch has as many.
@@ -64,6 +65,7 @@ def attend_singles(
         stages=3 if group == 1 else 2,
         precision="ieee" if exact else "tf32",
         num_warps=2 if group == 1 else 4,
+        **launch_early(),
     )
     if parts > 1:
         _join_kernel[(heads, num_seqs)](
@@ -78,6 +80,7 @@ def attend_singles(
             head_dim=head_dim,
             wide=wide,
             num_warps=2,
+            **launch_early(),
         )
 
 
@@ -115,9 +118,12 @@ def _decode_kernel(
     positions: tl.constexpr,
     stages: tl.constexpr,
     precision: tl.constexpr,
+    early: tl.constexpr = False,
 ):
     """One query head a KV head, which the matrix units would compute sixteen times. Each lane of `positions` has a
     softmax of its own, so that lanes, which lie in different warps, wait for one another at the end alone."""
+    start_next(early)
+    await_previous(early)
     head, index, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts + index * context_step).to(tl.int32)
     table = block_tables + tl.load(sequences + index * sequence_step).to(tl.int64) * table_stride
@@ -193,7 +199,10 @@ def _decode_group_kernel(
     positions: tl.constexpr,
     stages: tl.constexpr,
     precision: tl.constexpr,
+    early: tl.constexpr = False,
 ):
+    start_next(early)
+    await_previous(early)
     kv_head, index, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts + index * context_step).to(tl.int32)
     table = block_tables + tl.load(sequences + index * sequence_step).to(tl.int64) * table_stride
@@ -250,7 +259,10 @@ def _join_kernel(
     parts_wide: tl.constexpr,
     head_dim: tl.constexpr,
     wide: tl.constexpr,
+    early: tl.constexpr = False,
 ):
+    start_next(early)
+    await_previous(early)
     head, index = tl.program_id(0), tl.program_id(1)
     row = index.to(tl.int64) if first_rows else tl.load(tokens + index * token_step).to(tl.int64)
     part = tl.arange(0, parts_wide)

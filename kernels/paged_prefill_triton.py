@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
 from dist_vlm.kernels.paged_plan_triton import TILE_ROWS, VARYING, TritonPlan
 
 _TILE_POSITIONS = 32
@@ -48,6 +49,7 @@ def attend_tiles(
         precision="ieee" if exact else "tf32",
         num_warps=4,
         num_stages=2,
+        **launch_early(),
     )
 
 
@@ -73,7 +75,10 @@ def _prefill_kernel(
     tile_rows: tl.constexpr,
     positions: tl.constexpr,
     precision: tl.constexpr,
+    early: tl.constexpr = False,
 ):
+    start_next(early)
+    await_previous(early)
     head = tl.program_id(0)
     tile = tiles + tl.program_id(1) * 4
     first_row, num_rows = tl.load(tile).to(tl.int64), tl.load(tile + 1)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dist_vlm.kernels.checks import check_float
+from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
 from dist_vlm.kernels.reduce_add_norm import AllReduce, check_inputs
 
 # Numbers of a thread: one read of 16 bytes of bfloat16. The wait for the first bytes is most of a short batch's time.
@@ -28,31 +29,46 @@ def reduce_add_norm_triton(
         return normed, summed
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
+    options = launch_early()
+    if weight.stride(0) != 1:
+        weight, options = weight.contiguous(), {}  # written just now, and the kernel would read it too early
     wide = triton.next_power_of_2(hidden)
     _add_norm_kernel[(num_tokens,)](
         summed,
         residual,
-        weight if weight.stride(0) == 1 else weight.contiguous(),
+        weight,
         normed,
         hidden if residual is None else residual.stride(0),
         eps,
         hidden=hidden,
         wide=wide,
         num_warps=max(1, min(_MAX_WARPS, wide // (32 * _THREAD_NUMBERS))),
+        **options,
     )
     return normed, summed
 
 
 @triton.jit
-def _add_norm_kernel(summed, residual, weight, normed, residual_stride, eps, hidden: tl.constexpr, wide: tl.constexpr):
+def _add_norm_kernel(
+    summed,
+    residual,
+    weight,
+    normed,
+    residual_stride,
+    eps,
+    hidden: tl.constexpr,
+    wide: tl.constexpr,
+    early: tl.constexpr = False,
+):
+    start_next(early)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, wide)
     inside = columns < hidden
     kind: tl.constexpr = normed.dtype.element_ty
+    factors = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    await_previous(early)
     place = summed + row * hidden + columns
     total = tl.load(place, mask=inside, other=0.0)
-    # Read before the sum over the row is waited for.
-    factors = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
         old = tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0)
         total = (old.to(tl.float32) + total.to(tl.float32)).to(kind)

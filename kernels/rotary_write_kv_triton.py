@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dist_vlm.kernels.checks import check_float
+from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
 from dist_vlm.kernels.rotary_write_kv import check_inputs
 
 # Numbers of one half of the heads of a program: with 4 warps, 16 bytes of bfloat16 a thread.
@@ -66,6 +67,7 @@ def rotary_write_kv_triton(
         rest_wide=_wide(head_dim - 2 * half),
         dim_wide=_wide(head_dim),
         num_warps=4,
+        **launch_early(),
     )
     return rotated
 
@@ -103,7 +105,9 @@ def _rotary_write_kv_kernel(
     half_wide: tl.constexpr,
     rest_wide: tl.constexpr,
     dim_wide: tl.constexpr,
+    early: tl.constexpr = False,
 ):
+    start_next(early)
     q_parts: tl.constexpr = (heads + heads_wide - 1) // heads_wide
     kv_parts: tl.constexpr = (kv_heads + heads_wide - 1) // heads_wide
     parts: tl.constexpr = q_parts + 2 * kv_parts
@@ -113,6 +117,7 @@ def _rotary_write_kv_kernel(
     lanes = tl.arange(0, heads_wide).to(tl.int64)[:, None]
     cos += token * cos_stride
     sin += token * sin_stride
+    await_previous(early)
     if part < q_parts:
         head = part * heads_wide + lanes
         _rotate(

@@ -14,6 +14,7 @@ from dist_vlm.kernels.all_reduce.in_band_triton import (
     wait_for,
     words_of,
 )
+from dist_vlm.kernels.early_start_triton import await_previous, start_next
 
 
 @triton.jit(do_not_specialize=["rank", "num_rows", "limit"])
@@ -37,12 +38,15 @@ def all_gather_kernel(
     lanes: tl.constexpr,
     tile: tl.constexpr,
     bits: tl.constexpr,
+    early: tl.constexpr = False,
 ):
     """part: [num_rows, count] of each rank, rows `part_stride` apart. Column c of row r of rank s goes to
     out[r * out_row_stride + s * out_part_stride + c], unless s * count + c >= width, in the dtype of `out`.
 
     Layout of a buffer: [world_size, num_rows, count].
     """
+    start_next(early)
+    await_previous(early)
     kind: tl.constexpr = part.dtype.element_ty
     call = current_call(state)
     first, stride = tl.program_id(0), tl.num_programs(0)

@@ -20,6 +20,7 @@ from dist_vlm.kernels.all_reduce.in_band_triton import (
     words_of,
 )
 from dist_vlm.kernels.all_reduce.rows_triton import add_norm_row
+from dist_vlm.kernels.early_start_triton import await_previous, start_next
 
 
 @triton.jit(do_not_specialize=["rank", "num_rows", "num_elements", "limit"])
@@ -47,12 +48,15 @@ def one_shot_kernel(
     looked: tl.constexpr,
     ragged: tl.constexpr,
     bits: tl.constexpr,
+    early: tl.constexpr = False,
 ):
     """Layout of a buffer: [world_size, num_rows, hidden], the parts in rank order.
 
     lanes: `world_size` to the next power of 2. wide: `hidden` likewise. looked: columns waited for at once.
     ragged: whether the last row is cut off at `num_elements`. weight None: the sum alone.
     """
+    start_next(early)
+    await_previous(early)
     kind: tl.constexpr = summed.dtype.element_ty
     call = current_call(state)
     first, stride = tl.program_id(0), tl.num_programs(0)

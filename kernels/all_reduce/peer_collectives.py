@@ -12,6 +12,7 @@ from dist_vlm.kernels.all_reduce.one_shot_triton import one_shot_kernel
 from dist_vlm.kernels.all_reduce.peer_buffers import MAX_PROGRAMS, PeerBuffers
 from dist_vlm.kernels.all_reduce.two_shot_triton import two_shot_kernel
 from dist_vlm.kernels.checks import check_dense, check_float
+from dist_vlm.kernels.early_start_triton import launch_early
 from dist_vlm.kernels.reduce_add_norm import check_inputs
 from dist_vlm.kernels.triton_support import triton_interpreted
 
@@ -169,6 +170,7 @@ class PeerCollectives:
             ragged=count % width != 0,
             bits=_bits(partial.dtype),
             num_warps=warps,
+            **launch_early(),
         )
 
     def _gather(self, part: Tensor, out: Tensor, *, row_stride: int, part_stride: int, width: int) -> None:
@@ -197,6 +199,7 @@ class PeerCollectives:
             tile=tile,
             bits=_bits(part.dtype),
             num_warps=max(1, min(_MAX_WARPS, tile // (32 * _THREAD_NUMBERS))),
+            **launch_early(),
         )
 
 

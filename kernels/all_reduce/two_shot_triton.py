@@ -21,6 +21,7 @@ from dist_vlm.kernels.all_reduce.in_band_triton import (
     words_of,
 )
 from dist_vlm.kernels.all_reduce.rows_triton import add_norm_row
+from dist_vlm.kernels.early_start_triton import await_previous, start_next
 
 
 @triton.jit(do_not_specialize=["rank", "num_rows", "num_elements", "limit"])
@@ -48,11 +49,14 @@ def two_shot_kernel(
     looked: tl.constexpr,
     ragged: tl.constexpr,
     bits: tl.constexpr,
+    early: tl.constexpr = False,
 ):
     """Layout of a buffer: parts of this rank's rows, [world_size, groups, hidden]; then all sums, [num_rows, hidden].
 
     The arguments are those of `one_shot_kernel`.
     """
+    start_next(early)
+    await_previous(early)
     kind: tl.constexpr = summed.dtype.element_ty
     call = current_call(state)
     first, stride = tl.program_id(0), tl.num_programs(0)
