@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_vlm.kernels import (
+    attention,
     cpp_library,
     embed,
     full_attention,
@@ -55,6 +56,7 @@ class OpSet:
     plan_attention: Callable[..., Any]
     paged_attention: Callable[..., Tensor]
     rotary_write_kv: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     silu_mul: Callable[..., Tensor]
     quick_gelu: Callable[[Tensor], Tensor]
@@ -77,6 +79,9 @@ IMPLEMENTATIONS = {
         plan_attention=paged_attention.plan_attention_reference,
         paged_attention=paged_attention.paged_attention_reference,
         rotary_write_kv=rotary_write_kv.rotary_write_kv_reference,
+        attention=attention.one_after_the_other(
+            rotary_write_kv.rotary_write_kv_reference, paged_attention.paged_attention_reference
+        ),
         linear=linear.linear,
         silu_mul=silu_mul.silu_mul_reference,
         quick_gelu=quick_gelu.quick_gelu_reference,
@@ -90,6 +95,9 @@ IMPLEMENTATIONS = {
         plan_attention=paged_attention.plan_attention_torch,
         paged_attention=paged_attention.paged_attention_torch,
         rotary_write_kv=rotary_write_kv.rotary_write_kv_torch,
+        attention=attention.one_after_the_other(
+            rotary_write_kv.rotary_write_kv_torch, paged_attention.paged_attention_torch
+        ),
         linear=linear.linear,
         silu_mul=silu_mul.silu_mul_torch,
         quick_gelu=quick_gelu.quick_gelu_torch,
@@ -103,6 +111,9 @@ IMPLEMENTATIONS = {
         plan_attention=paged_attention.plan_attention_cpp,
         paged_attention=paged_attention.paged_attention_cpp,
         rotary_write_kv=rotary_write_kv.rotary_write_kv_cpp,
+        attention=attention.one_after_the_other(
+            rotary_write_kv.rotary_write_kv_cpp, paged_attention.paged_attention_cpp
+        ),
         linear=linear.linear,
         silu_mul=silu_mul.silu_mul_cpp,
         quick_gelu=quick_gelu.quick_gelu_cpp,
@@ -150,6 +161,7 @@ def allowed_names(kind: str) -> list[str]:
 @functools.cache
 def _triton_ops() -> OpSet:
     from dist_vlm.kernels import (
+        attention_triton,
         decode_inputs_triton,
         draw_triton,
         embed_triton,
@@ -168,6 +180,7 @@ def _triton_ops() -> OpSet:
         plan_attention=paged_plan_triton.plan_attention_triton,
         paged_attention=paged_attention_triton.paged_attention_triton,
         rotary_write_kv=rotary_write_kv_triton.rotary_write_kv_triton,
+        attention=attention_triton.attention_triton,
         # Interpreted, one row's product with a vocabulary takes most of a minute.
         linear=linear.linear if triton_interpreted() else linear_triton.linear_triton,
         silu_mul=silu_mul_triton.silu_mul_triton,

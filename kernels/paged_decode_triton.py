@@ -2,11 +2,15 @@
 
 The positions of a sequence are split into parts that run at the same time where the batch alone would leave the GPU
 idle; a second kernel joins them. Dao et al., "Flash-Decoding", 2023.
+
+With `NewTokens` the same kernel turns the queries and the new keys and writes the cache: the program that has a
+sequence's last position takes its key and value from the projections, and no other one reads them.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,9 +25,31 @@ _WANTED_PROGRAMS = 528
 _MAX_PARTS = 16
 
 
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """Of each row of q what the cache does not have yet, as `dist_vlm.kernels.rotary_write_kv` takes it.
+
+    keys, values: [N, kv_heads, D], not rotated, as q is not. cos, sin: [N, R]. slot_mapping: int64 [N].
+    The last axes are dense.
+    """
+
+    keys: Tensor
+    values: Tensor
+    cos: Tensor
+    sin: Tensor
+    slot_mapping: Tensor
+
+
 def attend_singles(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: TritonPlan, out: Tensor, scale: float
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: TritonPlan,
+    out: Tensor,
+    scale: float,
+    new: NewTokens | None = None,
 ) -> None:
+    """new: what is rotated, written and attended to besides; the cache has the tokens before them alone."""
     decodes = plan.decodes
     assert decodes is not None
     _, heads, head_dim = q.shape
@@ -53,7 +79,9 @@ def attend_singles(
         q.stride(0),
         q.stride(1),
         scale * math.log2(math.e),
+        *_new_arguments(new, key_cache),
         first_rows=decodes.tokens is None,
+        half=0 if new is None else new.cos.shape[1] // 2,
         kv_heads=kv_heads,
         group=group,
         group_wide=max(16, triton.next_power_of_2(group)),
@@ -84,6 +112,19 @@ def attend_singles(
         )
 
 
+def _new_arguments(new: NewTokens | None, key_cache: Tensor) -> tuple[Tensor | int | None, ...]:
+    if new is None:
+        return None, None, None, None, None, 0, 0, 0, 0, 0, 0, 0, 0
+    strides = (*new.keys.stride()[:2], *new.values.stride()[:2], new.cos.stride(0), new.sin.stride(0))
+    num_slots = key_cache.shape[0] * key_cache.shape[1]
+    return (
+        *(new.keys, new.values, new.cos, new.sin, new.slot_mapping),
+        *strides,
+        new.slot_mapping.stride(0),
+        num_slots,
+    )
+
+
 def num_parts(num_programs: int) -> int:
     """Parts that the positions of each sequence are cut into, by the programs that there are without."""
     return max(1, min(_MAX_PARTS, _WANTED_PROGRAMS // max(1, num_programs)))
@@ -107,7 +148,21 @@ def _decode_kernel(
     q_stride,
     q_head_stride,
     scale,
+    new_keys,
+    new_values,
+    cos,
+    sin,
+    slot_mapping,
+    new_key_stride,
+    new_key_head_stride,
+    new_value_stride,
+    new_value_head_stride,
+    cos_stride,
+    sin_stride,
+    slot_step,
+    num_slots,
     first_rows: tl.constexpr,
+    half: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
     group_wide: tl.constexpr,
@@ -130,11 +185,22 @@ def _decode_kernel(
     row = index.to(tl.int64) if first_rows else tl.load(tokens + index * token_step).to(tl.int64)
     columns = tl.arange(0, wide)
     in_head = columns < head_dim
-    query = tl.load(q + row * q_stride + head * q_head_stride + columns, mask=in_head, other=0.0).to(tl.float32)
+    kind: tl.constexpr = key_cache.dtype.element_ty
+    queries = q + row * q_stride + head * q_head_stride
+    if new_keys is None:
+        query = tl.load(queries + columns, mask=in_head, other=0.0).to(tl.float32)
+    else:
+        cos += row * cos_stride
+        sin += row * sin_stride
+        query = _turned(queries, columns, in_head, cos, sin, half).to(kind).to(tl.float32)
     query *= scale
     size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
     begin = part * size
     end = tl.minimum(begin + size, context)
+    has_new = False
+    if new_keys is not None:
+        has_new = (begin < context) & (context <= begin + size)
+        end = tl.minimum(end, context - 1)
     # Not minus infinity: the difference of two of them is no number.
     best = tl.full((positions,), -1e30, tl.float32)
     weight = tl.zeros((positions,), tl.float32)
@@ -157,9 +223,27 @@ def _decode_kernel(
         acc = acc * shrink[:, None] + shares[:, None] * values
         best = new_best
     highest = tl.max(best, 0)
+    if new_keys is not None:
+        wanted = columns < tl.where(has_new, head_dim, 0)
+        key = _turned(new_keys + row * new_key_stride + head * new_key_head_stride, columns, wanted, cos, sin, half).to(
+            kind
+        )
+        value_place = new_values + row * new_value_stride + head * new_value_head_stride + columns
+        value = tl.load(value_place, mask=wanted, other=0.0)
+        slot = tl.load(slot_mapping + row * slot_step)
+        kept = columns < tl.where(has_new & (slot >= 0) & (slot < num_slots), head_dim, 0)
+        place = (slot * kv_heads + head) * head_dim + columns
+        tl.store(key_cache + place, key, mask=kept)
+        tl.store(value_cache + place, value, mask=kept)
+        score = tl.where(has_new, tl.sum(query * key.to(tl.float32), 0), -1e30)
+        highest = tl.maximum(highest, score)
     factor = tl.exp2(best - highest)
     total = tl.sum(weight * factor, 0)
     result = tl.sum(acc * factor[:, None], 0)
+    if new_keys is not None:
+        share = tl.where(has_new, tl.exp2(score - highest), 0.0)
+        total += share
+        result += share * value.to(tl.float32)
     if not is_split:
         result = result / tl.where(total == 0, 1.0, total)
         tl.store(out + (row * kv_heads + head) * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
@@ -188,7 +272,21 @@ def _decode_group_kernel(
     q_stride,
     q_head_stride,
     scale,
+    new_keys,
+    new_values,
+    cos,
+    sin,
+    slot_mapping,
+    new_key_stride,
+    new_key_head_stride,
+    new_value_stride,
+    new_value_head_stride,
+    cos_stride,
+    sin_stride,
+    slot_step,
+    num_slots,
     first_rows: tl.constexpr,
+    half: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
     group_wide: tl.constexpr,
@@ -211,10 +309,21 @@ def _decode_group_kernel(
     in_head = columns < head_dim
     head = kv_head * group + tl.arange(0, group_wide)
     head_mask = (tl.arange(0, group_wide) < group)[:, None] & in_head[None, :]
-    queries = tl.load(q + row * q_stride + head[:, None] * q_head_stride + columns[None, :], mask=head_mask, other=0.0)
+    kind: tl.constexpr = key_cache.dtype.element_ty
+    heads_of_q = q + row * q_stride + head[:, None] * q_head_stride
+    if new_keys is None:
+        queries = tl.load(heads_of_q + columns[None, :], mask=head_mask, other=0.0)
+    else:
+        cos += row * cos_stride
+        sin += row * sin_stride
+        queries = _turned(heads_of_q, columns[None, :], head_mask, cos, sin, half).to(kind)
     size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
     begin = part * size
     end = tl.minimum(begin + size, context)
+    has_new = False
+    if new_keys is not None:
+        has_new = (begin < context) & (context <= begin + size)
+        end = tl.minimum(end, context - 1)
     best = tl.full((group_wide,), float("-inf"), tl.float32)
     weight = tl.zeros((group_wide,), tl.float32)
     acc = tl.zeros((group_wide, wide), tl.float32)
@@ -235,6 +344,26 @@ def _decode_group_kernel(
         weight = weight * shrink + tl.sum(shares, 1)
         acc = tl.dot(shares.to(values.dtype), values, acc * shrink[:, None], input_precision=precision)
         best = new_best
+    if new_keys is not None:
+        wanted = columns < tl.where(has_new, head_dim, 0)
+        key = _turned(
+            new_keys + row * new_key_stride + kv_head * new_key_head_stride, columns, wanted, cos, sin, half
+        ).to(kind)
+        value_place = new_values + row * new_value_stride + kv_head * new_value_head_stride + columns
+        value = tl.load(value_place, mask=wanted, other=0.0)
+        slot = tl.load(slot_mapping + row * slot_step)
+        kept = columns < tl.where(has_new & (slot >= 0) & (slot < num_slots), head_dim, 0)
+        place = (slot * kv_heads + kv_head) * head_dim + columns
+        tl.store(key_cache + place, key, mask=kept)
+        tl.store(value_cache + place, value, mask=kept)
+        if has_new:
+            new_scores = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+            new_best = tl.maximum(best, new_scores)
+            shrink = tl.exp2(best - new_best)
+            new_shares = tl.exp2(new_scores - new_best)
+            weight = weight * shrink + new_shares
+            acc = acc * shrink[:, None] + new_shares[:, None] * value.to(tl.float32)[None, :]
+            best = new_best
     if not is_split:
         result = acc / tl.where(weight == 0, 1.0, weight)[:, None]
         place = row * (kv_heads * group * head_dim) + head[:, None] * head_dim + columns[None, :]
@@ -279,3 +408,15 @@ def _join_kernel(
     total = tl.sum(weight * factor, 0)
     result = tl.sum(acc * factor[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(out + row * (heads * head_dim) + head * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
+
+
+@triton.jit
+def _turned(heads, columns, mask, cos, sin, half: tl.constexpr):
+    """Numbers of heads after the rotary embedding, float32. heads: where each begins. cos, sin: the token's."""
+    turns = columns < 2 * half
+    partner = tl.where(columns < half, columns + half, columns - half)
+    numbers = tl.load(heads + columns, mask=mask, other=0.0).to(tl.float32)
+    partners = tl.load(heads + partner, mask=mask & turns, other=0.0).to(tl.float32)
+    by_cos = tl.load(cos + columns, mask=turns, other=1.0).to(tl.float32)
+    by_sin = tl.load(sin + columns, mask=turns, other=0.0).to(tl.float32)
+    return numbers * by_cos + tl.where(columns < half, -partners, partners) * by_sin

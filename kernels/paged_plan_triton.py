@@ -28,6 +28,9 @@ VARYING = (
     "sequence_step",
     "context_step",
     "parts",
+    "slot_mapping",
+    "slot_step",
+    "num_slots",
 )
 
 

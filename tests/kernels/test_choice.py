@@ -10,6 +10,7 @@ from dist_vlm.kernels import choice
 from dist_vlm.kernels.choice import IMPLEMENTATIONS, choose
 
 OPS = {
+    "attention",
     "draw",
     "embed",
     "linear",
@@ -27,7 +28,9 @@ OPS = {
 def test_every_op_is_of_the_implementation_named(name) -> None:
     ops = choose(name, torch.device("cpu"))
     assert set(ops.names) == OPS
-    shared = {"linear": "linear", "draw": "draw"} | ({"embed": "embed_torch"} if name == "cpp" else {})
+    shared = {"linear": "linear", "draw": "draw", "attention": "attention"} | (
+        {"embed": "embed_torch"} if name == "cpp" else {}
+    )
     assert ops.names == {op: f"{op}_{name}" for op in OPS} | shared
     assert ops.workspace_bytes > 0
     assert ops.recorded is None

@@ -121,8 +121,7 @@ class LlamaLanguageModel(LanguageModel):
             cache = (kv_cache.keys[index], kv_cache.values[index])
             normed, residual = yield Reduction(partial, residual, layer.input_norm.weight)
             q, k, v = layer.split_heads(layer.qkv(normed))
-            q = self.ops.rotary_write_kv(q, k, v, cos, sin, *cache, batch.slot_mapping)
-            attended = self.ops.paged_attention(q, *cache, plan, scale=self._scale)
+            attended = self.ops.attention(q, k, v, cos, sin, *cache, batch.slot_mapping, plan, scale=self._scale)
             if layer is last and rows is not None and rows.shape[0]:
                 # From here on, only the rows asked for are computed: one of a prompt's hundreds.
                 attended, residual = attended.index_select(0, rows), residual.index_select(0, rows)
