@@ -30,6 +30,12 @@ def launch_early() -> dict[str, bool]:
     return {} if triton_interpreted() else options_for(driver.active)
 
 
+def launch_late() -> dict[str, bool]:
+    """Options of a kernel that lets the next one start early, and starts itself when the one before has ended: one
+    whose programs take so much of a processor's memory that they would be in the way."""
+    return {name: value for name, value in launch_early().items() if name == "early"}
+
+
 @functools.cache
 def options_for(active: Any) -> dict[str, bool]:
     target = active.get_current_target()

@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
+from dist_vlm.kernels.early_start_triton import await_previous, launch_early, launch_late, start_next
 
-# Outputs of a program, and numbers of their rows read together: 64 bytes a thread with 8 warps.
-_OUTPUTS = 4
-_TILE = 2048
+# Numbers of a row read together: with 4 warps, 16 bytes of bfloat16 a thread.
+_TILE = 1024
+# Outputs of a program, where a few long rows are to be read, and where many or short ones.
+_OUTPUTS_OF_FEW, _OUTPUTS = 8, 4
+_FEW_OUTPUTS, _LONG_ROW = 4096, 4096
 # Most rows that the kernel for few has: the least that matrix units multiply.
 MAX_ROWS = 16
 
@@ -47,8 +49,9 @@ def _few_rows_tiles(out_features: int, in_features: int) -> tuple[int, int, int]
 def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out_features, in_features = weight.shape
     out = x.new_empty((*x.shape[:-1], out_features))
+    outputs = _OUTPUTS_OF_FEW if out_features <= _FEW_OUTPUTS and in_features >= _LONG_ROW else _OUTPUTS
     tile = min(_TILE, triton.next_power_of_2(in_features))
-    _one_row_kernel[(triton.cdiv(out_features, _OUTPUTS),)](
+    _one_row_kernel[(triton.cdiv(out_features, outputs),)](
         x,
         weight,
         bias,
@@ -56,7 +59,7 @@ def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight.stride(0),
         out_features,
         in_features=in_features,
-        outputs=_OUTPUTS,
+        outputs=outputs,
         tile=tile,
         num_warps=max(1, tile // 256),
         **launch_early(),
@@ -82,7 +85,7 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, tile
         stages=stages,
         precision="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=4,
-        **launch_early(),
+        **launch_late(),
     )
     return out
 

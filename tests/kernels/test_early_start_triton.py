@@ -10,7 +10,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from dist_vlm.kernels.choice import choose
-from dist_vlm.kernels.early_start_triton import launch_early, options_for
+from dist_vlm.kernels.early_start_triton import launch_early, launch_late, options_for
 from dist_vlm.kernels.triton_support import triton_interpreted
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -38,6 +38,7 @@ def test_which_devices_can(backend, arch, options) -> None:
 @pytest.mark.skipif(not triton_interpreted(), reason="kernels are compiled here")
 def test_an_interpreted_kernel_does_not() -> None:
     assert launch_early() == {}
+    assert launch_late() == {}
 
 
 def early_kernels() -> dict[str, ast.FunctionDef]:
