@@ -14,7 +14,7 @@ from dist_vlm.kernels.paged_attention import Bounds, check_batch, sequence_bound
 from dist_vlm.kernels.upload import to_device
 
 # Queries of a tile.
-TILE_ROWS = 128
+TILE_ROWS = 64
 # Arguments of which no kernel is compiled anew: they change from call to call and are read a number at a time. The
 # others' multiples of 16 tell a kernel how much it may read at once.
 VARYING = (

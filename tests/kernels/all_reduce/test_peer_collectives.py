@@ -228,15 +228,12 @@ def test_recordings_that_are_replayed_out_of_step(world_size) -> None:
             kept["wrong"] += (rank.collectives.all_gather(mine) != torch.stack(parts)).sum()
             kept["number"] += 1
 
+        step()
         kept["step"], kept["stream"] = step, stream
         return rank
 
     ranks = run(world_size, job)
-    # Warmed up together, recorded one after another: a recording runs nothing.
-    for rank in ranks:
-        with torch.cuda.stream(rank.kept["stream"]):
-            rank.kept["step"]()
-    torch.cuda.synchronize()
+    # One after another: a recording runs nothing.
     for rank in ranks:
         rank.kept["graph"] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(rank.kept["graph"], stream=rank.kept["stream"]):
