@@ -35,9 +35,9 @@ def attention_triton(
     if plan.tiles is not None or decodes is None or decodes.tokens is not None:
         return _two_kernels(q, k, v, cos, sin, key_cache, value_cache, slot_mapping, plan, scale=scale)
     rotary_write_kv.check_inputs(q, k, v, cos, sin, key_cache, value_cache, slot_mapping)
-    paged_attention.check_inputs(q, key_cache, value_cache, num_tokens=plan.num_tokens, block_size=plan.block_size)
     check_float("attention", "q", q)
     q, k, v, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, cos, sin))
+    paged_attention.check_inputs(q, key_cache, value_cache, num_tokens=plan.num_tokens, block_size=plan.block_size)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     attend_singles(q, key_cache, value_cache, plan, out, scale, NewTokens(k, v, cos, sin, slot_mapping))
     return out

@@ -24,7 +24,8 @@ MAX_ROWS = 16
 
 
 def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x may have any leading axes. weight: [out_features, in_features]."""
+    """x may have any leading axes. weight: [out_features, in_features], written by no kernel that may still run: it is
+    read before they have ended."""
     out_features, in_features = weight.shape
     num_rows = x.numel() // max(1, in_features)
     if not 0 < num_rows <= MAX_ROWS or not x.is_contiguous() or weight.stride(1) != 1 or x.dtype != weight.dtype:

@@ -15,8 +15,8 @@ from torch import Tensor
 from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
 from dist_vlm.kernels.paged_plan_triton import TILE_ROWS, VARYING, TritonPlan
 
-# Positions that are read together and stages of them, by the number of programs with rows: up to 4 a processor of an
-# H200 each has much of it to itself, beyond that what it takes keeps others away.
+# Positions that are read together and stages of them, by the number of programs that full tiles would be: up to 4 a
+# processor of an H200 each has much of it to itself, beyond that what it takes keeps others away.
 _FEW_PROGRAMS = 528
 _POSITIONS_OF_FEW, _POSITIONS = (64, 3), (32, 2)
 

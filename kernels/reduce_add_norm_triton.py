@@ -19,7 +19,8 @@ _MAX_WARPS = 16
 def reduce_add_norm_triton(
     partial: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, all_reduce: AllReduce
 ) -> tuple[Tensor, Tensor]:
-    """s takes the place of the partial sum. A row's result does not depend on the rows beside it."""
+    """s takes the place of the partial sum. A row's result does not depend on the rows beside it. weight: written by no
+    kernel that may still run."""
     check_inputs(partial, residual, weight)
     check_float("reduce_add_norm", "partial", partial)
     summed = all_reduce(partial)

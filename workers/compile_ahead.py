@@ -87,7 +87,7 @@ def _peer_path(config: RankConfig) -> PeerPath | None:
         error=words(torch.int32),
         report=words(torch.int32),
     )
-    peers = PeerCollectives(buffers, max_looks=1, max_programs=1)
+    peers = PeerCollectives(buffers, max_looks=1, max_programs=1, starts_early=not config.share_gpu)
     return PeerPath(peers, rules.without_group() if config.share_gpu else rules, timeout_s=0.0)
 
 
@@ -168,6 +168,19 @@ class _Rehearsal:
         for step in ([prompt], singles[:1], [prompt, *singles[:1]], [prompt, *singles]):
             if step:
                 self._run_plain(step)
+        for piece in (prompt, *singles):
+            self._slots.release(piece.slot)
+        self._run_plain(self._longest())
+
+    def _longest(self) -> list[Slice]:
+        """As many tokens as a step may have, or as slots take."""
+        config, slices = self._config, []
+        left = config.max_num_batched_tokens
+        for slot in range(config.max_num_seqs):
+            if count := min(left, config.max_model_len):
+                slices.append(self._slice(slot, count))
+                left -= count
+        return slices
 
     def _slice(self, slot: int, count: int) -> Slice:
         """The whole of a new sequence."""

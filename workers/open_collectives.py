@@ -131,7 +131,8 @@ def _prepare_peers(config: RankConfig, comm: Communicator, wait_s: float) -> Cal
     group: Any = comm.group
 
     def rendezvous() -> PeerPath:
-        peers = PeerCollectives(share(memory, group), max_looks=max_looks, max_programs=max_programs)
+        buffers, early = share(memory, group), not config.share_gpu
+        peers = PeerCollectives(buffers, max_looks=max_looks, max_programs=max_programs, starts_early=early)
         if config.rank == 0:
             _log.info("collectives over the GPUs' memory, by %s: %s", rules.source, rules)
         return PeerPath(peers, rules, timeout_s=max_looks / _LOOKS_PER_S)

@@ -32,9 +32,13 @@ class PeerCollectives:
 
     max_looks: how often a program looks for data before it gives up; a GPU takes about a microsecond for one.
     max_programs: of one kernel. All of them must fit the device at once, beside those of other ranks on it.
+    starts_early: whether a call lets the kernel after it start before it has ended. That one takes what room there is
+        on the device, which ranks that share one may need for the call itself.
     """
 
-    def __init__(self, buffers: PeerBuffers, *, max_looks: int, max_programs: int | None = None) -> None:
+    def __init__(
+        self, buffers: PeerBuffers, *, max_looks: int, max_programs: int | None = None, starts_early: bool = True
+    ) -> None:
         if max_looks < 1:
             raise ValueError(f"max_looks is {max_looks}, must be at least 1")
         most = _num_processors(buffers.device) if max_programs is None else max_programs
@@ -43,6 +47,7 @@ class PeerCollectives:
         self.buffers = buffers
         self._max_looks = max_looks
         self._max_programs = most
+        self._starts_early = starts_early
         self._lanes = triton.next_power_of_2(buffers.world_size)
 
     @property
@@ -114,6 +119,9 @@ class PeerCollectives:
                 self._gather(piece, target, row_stride=out.stride(0), part_stride=count, width=out.shape[1])
         return out
 
+    def _options(self) -> dict[str, bool]:
+        return launch_early() if self._starts_early else {}
+
     def _most_rows(self, shots: int, row_bytes: int) -> int:
         """Rows of so many bytes that one call can reduce, see the kernels' layouts."""
         rows, ranks = self.buffers.capacity // row_bytes, self.world_size
@@ -170,7 +178,7 @@ class PeerCollectives:
             ragged=count % width != 0,
             bits=_bits(partial.dtype),
             num_warps=warps,
-            **launch_early(),
+            **self._options(),
         )
 
     def _gather(self, part: Tensor, out: Tensor, *, row_stride: int, part_stride: int, width: int) -> None:
@@ -199,7 +207,7 @@ class PeerCollectives:
             tile=tile,
             bits=_bits(part.dtype),
             num_warps=max(1, min(_MAX_WARPS, tile // (32 * _THREAD_NUMBERS))),
-            **launch_early(),
+            **self._options(),
         )
 
 

@@ -49,14 +49,20 @@ class Case:
         new = (self.q, self.k, self.v, self.cos, self.sin, *caches, self.slots)
         return IMPLEMENTATIONS["reference"].attention(*new, plan, scale=SCALE), *caches
 
-    def actual(self, *, order=None, idle=()):
-        """order: the slot of each row. idle: rows that are computed for nothing."""
+    def actual(self, *, order=None, idle=(), unwritten=None, spread=False):
+        """order: the slot of each row. idle: rows that are computed for nothing. unwritten: the place in the
+        cache that rows are given instead of theirs. spread: whether numbers of a head lie apart.
+        """
         order = torch.arange(len(self.contexts)) if order is None else order
         tables = torch.empty_like(self.tables).index_copy_(0, order, self.tables).to(torch.int32)
         contexts, slots = self.contexts.clone(), self.slots.clone()
         contexts[list(idle)], slots[list(idle)] = 0, -1
+        for row, slot in (unwritten or {}).items():
+            slots[row] = slot
         caches = self.keys.to(DEVICE), self.values.to(DEVICE)
         new = [x.to(DEVICE) for x in (self.q, self.k, self.v, self.cos, self.sin)]
+        if spread:
+            new = [torch.stack([x, torch.full_like(x, 9.0)], dim=-1)[..., 0] for x in new]
         plan = plan_decode_triton(order.to(DEVICE), contexts.to(DEVICE), tables.to(DEVICE), block_size=BLOCK_SIZE)
         out = attention_triton(*new, *caches, slots.to(DEVICE), plan, scale=SCALE)
         return out.cpu(), *(cache.cpu() for cache in caches)
@@ -105,3 +111,21 @@ def test_slots_in_any_order_and_rows_for_nothing(kv_heads) -> None:
         wanted.flatten(0, 1)[case.slots[1]] = before.flatten(0, 1)[case.slots[1]]
         torch.testing.assert_close(cache, wanted, atol=case.tolerance, rtol=case.tolerance, equal_nan=True)
     torch.testing.assert_close(out, expected, atol=case.tolerance, rtol=case.tolerance)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_token_without_a_place_in_the_cache_is_attended_to_and_not_written(kv_heads) -> None:
+    case = Case([12, 40, 3], kv_heads=kv_heads)
+    out, *caches = case.actual(unwritten={0: -1, 2: case.keys.shape[0] * BLOCK_SIZE})
+    expected, *written = case.expected()
+    for cache, before, wanted in zip(caches, (case.keys, case.values), written, strict=True):
+        for row in (0, 2):
+            wanted.flatten(0, 1)[case.slots[row]] = before.flatten(0, 1)[case.slots[row]]
+        torch.testing.assert_close(cache, wanted, atol=case.tolerance, rtol=case.tolerance, equal_nan=True)
+    torch.testing.assert_close(out, expected, atol=case.tolerance, rtol=case.tolerance)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_numbers_that_lie_apart(kv_heads) -> None:
+    case = Case([12, 40, 3], kv_heads=kv_heads)
+    assert_same(case, case.actual(spread=True), case.actual())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dist_vlm.kernels import paged_prefill_triton
 from dist_vlm.kernels.paged_attention import paged_attention_reference, plan_attention_reference
 from dist_vlm.kernels.paged_attention_triton import paged_attention_triton
 from dist_vlm.kernels.paged_decode_triton import num_parts
@@ -39,9 +40,13 @@ def test_head_shapes_and_dtypes(heads, kv_heads, head_dim, dtype) -> None:
     compare(BATCHES["mixed"], heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
 
 
+@pytest.mark.parametrize("few_programs", [528, 0])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sequences", [[(150, 150)], [(130, 205)], [(70, 70), (1, 133), (129, 257)]])
-def test_several_tiles(sequences) -> None:
-    compare(sequences, heads=2, kv_heads=1, head_dim=16)
+def test_several_tiles(sequences, dtype, few_programs, monkeypatch) -> None:
+    """As of a short step and of a long one."""
+    monkeypatch.setattr(paged_prefill_triton, "_FEW_PROGRAMS", few_programs)
+    compare(sequences, heads=2, kv_heads=1, head_dim=16, dtype=dtype)
 
 
 def test_positions_in_parts() -> None:

@@ -142,15 +142,18 @@ def test_what_a_rank_launches_is_compiled_ahead(tiny_checkpoint: Path, monkeypat
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_launches_of_a_great_model(facts_7b: Path, world_size: int) -> None:
-    changes = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256, "world_size": world_size}
-    config = rank_config(facts_7b, kernels="triton", device="cuda", **changes)
+    changes = {"dtype": "bfloat16", "max_model_len": 4096, "max_num_seqs": 256, "max_num_batched_tokens": 8192}
+    config = rank_config(facts_7b, kernels="triton", device="cuda", world_size=world_size, **changes)
     launches = launches_of(config, ops_of_a_gpu())
     decodes = [launch for launch in launches if launch.kernel.fn.__name__ == "_decode_kernel"]
     # By whether rows come in order, and positions in parts.
     options = {(launch.options["first_rows"], launch.options["is_split"]) for launch in decodes}
     assert options == {(a, b) for a in (True, False) for b in (True, False)}
     assert {launch.options["kv_heads"] for launch in decodes} == {32 // world_size}
-    assert len(launches) < 32, "a start would take too long"
+    prefills = [launch for launch in launches if launch.kernel.fn.__name__ == "_prefill_kernel"]
+    # Of short steps and of long ones.
+    assert {launch.options["positions"] for launch in prefills} == {64, 32}
+    assert len(launches) < 36, "a start would take too long"
     held = [x for launch in launches for x in launch.arguments if isinstance(x, Tensor)]
     assert {x.device.type for x in held} == {"meta"}
 
