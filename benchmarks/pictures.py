@@ -113,15 +113,19 @@ def median_ms(function: Callable[[], Any], repeats: int = 7) -> float:
 def stages(llm: LLM) -> dict[str, dict[str, float]]:
     """Milliseconds of each step of preparing one picture, one after the other in one thread."""
     front, rows = llm._front, {}
+    from transformers import AutoImageProcessor
+
     images: Any = front.processor._images._processor
+    theirs = AutoImageProcessor.from_pretrained(llm.config.model.model, backend="pil")
     for number, (width, height) in enumerate(SIZES):
         inputs = prompt(number)
         image = inputs["multi_modal_data"]["image"]
+        array = images.preprocess(image)
         rows[f"{width}x{height}"] = {
             "tokenize": median_ms(lambda text=inputs["prompt"]: front.tokenizer.encode(text)),
-            "transformers' processor": median_ms(lambda image=image: images._processor(images=image)),
+            "transformers' processor": median_ms(lambda image=image: theirs(images=image)),
             "preprocess": median_ms(lambda image=image: images.preprocess(image)),
-            "content key": median_ms(lambda image=image: content_key(image, settings="")),
+            "content key": median_ms(lambda array=array: content_key(array, settings="")),
             "all": median_ms(lambda inputs=inputs: front.processor.process("0", inputs, SamplingParams())),
         }
     return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from dist_vlm.engine.object_locks import ObjectLocks
 from dist_vlm.executor.base import StageKind
 from dist_vlm.media import PictureError, content_key, to_rgb
 from dist_vlm.multimodal.image import ImageFeatureData, ImagePixelData
-from dist_vlm.workers.beside import run_beside
 from dist_vlm.workers.coded_pixels import coded_shape
 
 if TYPE_CHECKING:
@@ -91,9 +89,8 @@ class ImagePreparer:
     def preprocessed(self, rgb: Image.Image, *, helpers: Executor | None = None) -> PreparedImage:
         """What `decoded` gave, as the model takes it."""
         assert self._processor is not None
-        preprocess = partial(self._processor.preprocess, rgb, helpers=helpers)
-        name = partial(content_key, rgb, settings=self._processor.digest, helpers=helpers)
-        array, key = run_beside(helpers, [preprocess, name])
+        array = self._processor.preprocess(rgb, helpers=helpers)
+        key = content_key(array, settings=self._processor.digest)
         return PreparedImage(key, "coded_pixels" if array.dtype == np.uint8 else "pixel_values", array)
 
     def _check_aspect(self, picture: Image.Image, name: str) -> None:

@@ -60,7 +60,7 @@ class ScaledCrop:
         if helpers is not None:
             return self.by_channel(picture, helpers)
         coded = self._blank()
-        places_of(coded)[0] = self._scaled(picture).transpose(2, 0, 1)
+        _lay_out(places_of(coded)[0], self._scaled(picture))
         return coded
 
     def has_bands(self, picture: Image.Image) -> bool:
@@ -71,7 +71,7 @@ class ScaledCrop:
     def in_bands(self, picture: Image.Image, most: int, helpers: Executor | None) -> np.ndarray:
         """In at most that many bands of rows; of columns, what is kept is made alone. For pictures that `has_bands`."""
         coded = self._blank()
-        places = places_of(coded)[0].transpose(1, 2, 0)
+        places = places_of(coded)[0]
         across, down = self._axes(*picture.size)
         (columns,) = across.parts(1)
         run_beside(
@@ -89,11 +89,12 @@ class ScaledCrop:
         columns: tuple[int, int],
         rows: tuple[int, int],
     ) -> None:
-        """Fills a band of `places`, uint8 [height, width, 3]. columns, rows: of the scaled picture, to be made."""
+        """Fills a band of `places`, uint8 [3, height, width]. columns, rows: of the scaled picture, to be made."""
         (left, right), (top, bottom) = columns, rows
+        upper, lower = max(top, down.start), min(bottom, down.end)
         resample = Image.Resampling(self.resample)
         if picture.size == (across.scaled, down.scaled):
-            band = picture.crop((left, top, right, bottom))
+            band, left, top = picture, 0, 0
         else:
             first, last = down.needed(top, bottom, support=_SUPPORT[resample])
             band = picture.crop((0, first, picture.width, last))
@@ -102,9 +103,8 @@ class ScaledCrop:
             band = band.resize((right - left, band.height), resample=resample, box=box)
             box = (0.0, down.place(top) - first, float(band.width), down.place(bottom) - first)
             band = band.resize((band.width, bottom - top), resample=resample, box=box)
-        upper, lower = max(top, down.start), min(bottom, down.end)
         kept = band.crop((across.start - left, upper - top, across.end - left, lower - top))
-        places[upper - down.start : lower - down.start] = np.asarray(kept)
+        _lay_out(places[:, upper - down.start : lower - down.start], kept)
 
     def by_channel(self, picture: Image.Image, helpers: Executor | None) -> np.ndarray:
         coded = self._blank()
@@ -116,13 +116,13 @@ class ScaledCrop:
         return blank_coded(self.levels, height=self.height, width=self.width)
 
     def _scale_into(self, places: np.ndarray, band: Image.Image) -> None:
-        places[:] = self._scaled(band)
+        places[:] = np.asarray(self._scaled(band))
 
-    def _scaled(self, picture: Image.Image) -> np.ndarray:
-        """The part kept: uint8 [height, width] of a single channel, else [height, width, 3]."""
+    def _scaled(self, picture: Image.Image) -> Image.Image:
+        """The part kept."""
         scaled = picture.resize(self._scaled_size(*picture.size), resample=Image.Resampling(self.resample))
         across, down = self._axes(*picture.size)
-        return np.asarray(scaled.crop((across.start, down.start, across.end, down.end)))
+        return scaled.crop((across.start, down.start, across.end, down.end))
 
     def _axes(self, width: int, height: int) -> tuple[ScaledAxis, ScaledAxis]:
         """Across and down."""
@@ -137,6 +137,13 @@ class ScaledCrop:
         shorter, longer = sorted((width, height))
         scaled = int(self.shortest_edge * longer / shorter)
         return (self.shortest_edge, scaled) if width <= height else (scaled, self.shortest_edge)
+
+
+def _lay_out(places: np.ndarray, picture: Image.Image) -> None:
+    """Fills `places`, uint8 [3, height, width], from an RGB picture. PIL takes channels out of it sooner than numpy
+    turns an array."""
+    for place, channel in zip(places, "RGB", strict=True):
+        place[:] = np.frombuffer(picture.tobytes("raw", channel), np.uint8).reshape(place.shape)
 
 
 def scaled_crop(processor: Any) -> ScaledCrop | None:
