@@ -35,6 +35,11 @@ class PrefixCache:
         self._hasher = hasher or BlockHasher(pool.block_size)
         self._computing: dict[bytes, Request] = {}
 
+    def look_ahead(self, request: Request) -> None:
+        """Does what `find` will ask for and what depends on the request alone: its blocks' digests."""
+        if self.enabled:
+            self._known_digests(request)
+
     def find(self, request: Request) -> list[int]:
         """The blocks of the longest cached beginning. At least one token is left: its logits are wanted."""
         blocks: list[int] = []

@@ -135,6 +135,10 @@ class Scheduler:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         check_fits(request, self.pool, self.features)
 
+    def look_ahead(self, request: Request) -> None:
+        """For a request that will be added later: does now what of its plan depends on it alone."""
+        self.prefix_cache.look_ahead(request)
+
     # ------------------------------------------------------------------ plan
 
     def plan(self) -> StepPlan | None:

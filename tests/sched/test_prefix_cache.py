@@ -2,6 +2,7 @@
 
 import pytest
 
+from dist_vlm.sched.block_hash import BlockHasher
 from dist_vlm.sched.request import Request
 from dist_vlm.workers.plan import ImageSpan, SamplingRow
 
@@ -36,6 +37,26 @@ def test_a_second_request_computes_only_what_the_first_did_not(depth):
     assert one.tokens["first"] == one.tokens["second"] == expected_tokens(PROMPT, 3)
     stats = one.scheduler.stats
     assert (stats.num_queried_tokens, stats.num_hit_tokens) == (36, 16)
+
+
+def test_what_is_done_before_a_request_is_added_need_not_be_done_again(monkeypatch):
+    one = rig()
+    run_one(one, "first")
+    second = Request("second", PROMPT, max_tokens=1)
+    one.scheduler.look_ahead(second)
+    known = list(second.block_digests)
+    assert len(known) == 4, "18 tokens: of all full blocks"
+    monkeypatch.setattr(BlockHasher, "extend", lambda *_, **__: pytest.fail("they are known"))
+    one.add(second)
+    one.run()
+    assert (second.num_cached_tokens, second.block_digests) == (16, known)
+
+
+def test_nothing_is_done_ahead_where_nothing_is_shared():
+    one = rig(prefix_caching=False)
+    request = Request("one", PROMPT, max_tokens=1)
+    one.scheduler.look_ahead(request)
+    assert request.block_digests == []
 
 
 def test_at_least_one_token_is_computed():
