@@ -196,6 +196,12 @@ class Worker:
 
         serve(self.step, rank=self.rank, path=path, token=token)
 
+    def take_images(self, path: str, token: str) -> None:
+        """Stages and unstages what the driver asks for through its socket at `path`, until the driver closes it."""
+        from dist_vlm.workers.take_images import take_images
+
+        take_images(self.stage, self.unstage, rank=self.rank, path=path, token=token)
+
     def progress(self) -> int:
         """The last step whose result this rank has read from its device, -1 before the first."""
         return self._last_step

@@ -27,8 +27,8 @@ from dist_vlm.sched.scheduler import Scheduler, SchedulerStats, Update
 
 _log = logging.getLogger(__name__)
 
-# How long the loop sleeps when all there is to do is wait for images to reach the ranks.
-_STAGING_POLL_S = 0.0002
+# How long the loop waits at most when all there is to do is wait for images to reach the ranks.
+_STAGING_WAIT_S = 0.0005
 # As often ranks may be lost while a request is computed and gets no token. It ends then: it may be why.
 _MOST_LOSSES = 2
 # The books of some ten thousand blocks take milliseconds to be proved one by one.
@@ -175,6 +175,8 @@ class EngineCore:
         try:
             if self._staging.add(request):
                 self.scheduler.add(record)
+            else:
+                self.scheduler.look_ahead(record)  # while its images are on their way
         except ExecutorError as error:
             self._replace_ranks(error)
 
@@ -216,7 +218,7 @@ class EngineCore:
             self._untold.extend(self._output(update) for update in self.scheduler.commit(result))
             self._last_collected = result.step_id
         elif self._staging.num_waiting:
-            time.sleep(_STAGING_POLL_S)
+            self._executor.wait_staged(_STAGING_WAIT_S)
         elif self.scheduler.has_work:
             for update in self.scheduler.unblock():
                 _log.error("request %s can never run: %s", update.request.request_id, update.request.stop_reason)

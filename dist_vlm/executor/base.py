@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,10 @@ class Executor(ABC):
     @abstractmethod
     def poll_staged(self) -> Sequence[StagedImage]:
         """Images whose staging has ended since the last call. Does not block."""
+
+    def wait_staged(self, timeout_s: float) -> None:
+        """Until `poll_staged` may have something to tell, or so long. For when there is nothing else to do."""
+        time.sleep(timeout_s)
 
     @abstractmethod
     def unstage(self, key: str) -> None:

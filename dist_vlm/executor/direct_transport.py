@@ -6,32 +6,27 @@ spin, take the cores that the ranks compute on.
 
 from __future__ import annotations
 
-import secrets
 import select
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
+from dist_vlm.executor.rank_sockets import connect_ranks
 from dist_vlm.executor.transport import Transport, TransportClosedError, TransportTimeoutError
 from dist_vlm.workers import wire
 from dist_vlm.workers.failure import RankError
 from dist_vlm.workers.frames import Disconnected, FrameBuffer, frame, receive_frame
-from dist_vlm.workers.serve import Answer, Hello
+from dist_vlm.workers.serve import Answer
 
-# How often an accept looks whether a rank's call has already failed.
-_ACCEPT_POLL_S = 0.2
 _READ_BYTES = 1 << 18
 
 
 class DirectTransport(Transport):
-    """One stream socket a rank. The socket's directory is this user's alone, and a rank shows a random token.
+    """One stream socket a rank.
 
     A rank reads its next plan when it has written its answer, and a socket holds some 200 KB: so answers are read
     while a long plan is being written, or both ends would wait for each other.
@@ -44,18 +39,13 @@ class DirectTransport(Transport):
         self._parts = [FrameBuffer() for _ in actors]
         self._answers: list[deque[Answer]] = [deque() for _ in actors]
         self._unsent = [memoryview(b"") for _ in actors]
-        self._connections: list[socket.socket] = []
         self._closing = threading.Lock()
         self._closed = False
-        token, folder = secrets.token_hex(16), Path(tempfile.mkdtemp(prefix="dvlm-"))
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-                listener.bind(str(folder / "plans"))
-                listener.listen(len(actors))
-                serving = [actor.serve.remote(str(folder / "plans"), token) for actor in actors]
-                self._connections = _accept_all(listener, serving, token)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        self._connections = connect_ranks(
+            lambda path, token: [actor.serve.remote(path, token) for actor in actors],
+            kind=socket.SOCK_STREAM,
+            receive=receive_frame,
+        )
         for connection in self._connections:
             connection.setblocking(False)
 
@@ -134,29 +124,3 @@ class DirectTransport(Transport):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)  # wakes a call under way, in whichever thread
             connection.close()
-
-
-def _accept_all(listener: socket.socket, serving: Sequence[Any], token: str) -> list[socket.socket]:
-    """One connection a rank, in rank order. Raises what a rank's call raised if it ended before it connected."""
-    import ray
-
-    connections: dict[int, socket.socket] = {}
-    listener.settimeout(_ACCEPT_POLL_S)
-    while len(connections) < len(serving):
-        ended, _ = ray.wait(list(serving), timeout=0)
-        if ended:
-            ray.get(ended)
-            raise TransportClosedError("a rank left before all had connected")
-        with suppress(TimeoutError):
-            connection, _ = listener.accept()
-            connection.settimeout(None)
-            try:
-                hello = wire.decode(Hello, receive_frame(connection))
-            except (wire.WireError, Disconnected, OSError):
-                connection.close()
-                continue
-            if secrets.compare_digest(hello.token, token) and 0 <= hello.rank < len(serving):
-                connections[hello.rank] = connection
-            else:
-                connection.close()
-    return [connections[rank] for rank in range(len(serving))]

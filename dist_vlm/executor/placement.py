@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_vlm.executor.base import StartError
 from dist_vlm.workers.config import RankConfig
@@ -89,6 +89,14 @@ def ready(group: PlacementGroup, timeout_s: float) -> None:
         return
     asked = render_sum(group.bundle_specs)
     raise StartError("placement", f"{asked} on one machine did not become free in time; free in the cluster: {free()}")
+
+
+def is_here(group: PlacementGroup) -> bool:
+    """Whether a group whose bundles are reserved is on this process's machine."""
+    import ray
+
+    table: Any = ray.util.placement_group_table(group)
+    return set(table["bundles_to_node_id"].values()) == {ray.get_runtime_context().get_node_id()}
 
 
 def check_fits(bundles: Sequence[dict[str, float]], *, what: str) -> None:

@@ -18,6 +18,7 @@ from dist_vlm.executor.heartbeat import Heartbeat
 from dist_vlm.executor.in_flight import PlansInFlight
 from dist_vlm.executor.ray_cluster import RayCluster
 from dist_vlm.executor.ray_start import create_actors, start_ranks
+from dist_vlm.executor.shared_staging import SharedStaging
 from dist_vlm.executor.staging import ImageStaging
 from dist_vlm.executor.transport import Transport, TransportClosedError, TransportTimeoutError
 from dist_vlm.executor.transport_choice import TRANSPORTS
@@ -37,7 +38,7 @@ _DEATH_WAIT_S = 1.0
 _START_END_S = 10.0
 # What a rank that is alive takes to say how far it is.
 _STATUS_WAIT_S = 0.5
-# What ends the ranks when it happens to a plan on its way or to an answer.
+# What ends the ranks when it happens to a plan or an image on its way or to an answer.
 _FAILURES = (RankError, TransportClosedError, TransportTimeoutError, wire.WireError, ExecutorError)
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class RayExecutor(Executor):
         self._plans: PlansInFlight | None = None
         self._watch: DeathWatch | None = None
         self._heartbeat: Heartbeat | None = None
-        self._images = ImageStaging(self._actors)
+        self._images: ImageStaging | SharedStaging = ImageStaging(self._actors)
         self._dead: ExecutorError | None = None
         self._is_closed = False
         self._starting = threading.RLock()
@@ -161,7 +162,6 @@ class RayExecutor(Executor):
             private=self._cluster.on_private,
         )
         self._require_open()  # from here on a shutdown finds these ranks and ends them, which ends what waits for them
-        self._images = ImageStaging(self._actors, inline_bytes=self._cluster.inline_bytes)
         info = start_ranks(
             self._actors,
             deadline=deadline,
@@ -189,6 +189,8 @@ class RayExecutor(Executor):
                 self._actors, depth=self._max_steps_in_flight + 1, send_timeout_s=self._step_timeout_s
             )
             self._plans = PlansInFlight(self._transport, num_ranks=len(self._actors), limit=self._max_steps_in_flight)
+            if self._places is not None and placement.is_here(self._places.group):
+                self._images = SharedStaging(self._actors)
         except Exception as error:
             if deadline.over:
                 raise StartError("transport", f"not done within start_timeout_s = {deadline.seconds:g}") from None
@@ -200,15 +202,27 @@ class RayExecutor(Executor):
 
     def stage(self, key: str, kind: StageKind, array: np.ndarray) -> None:
         self._alive()
-        self._images.stage(key, kind, array)
+        try:
+            self._images.stage(key, kind, array)
+        except _FAILURES as error:
+            raise self._fail(error) from None
 
     def poll_staged(self) -> Sequence[StagedImage]:
         self._alive()
-        return self._images.poll()
+        try:
+            return self._images.poll()
+        except _FAILURES as error:
+            raise self._fail(error) from None
 
     def unstage(self, key: str) -> None:
         self._alive()
-        self._images.unstage(key)
+        try:
+            self._images.unstage(key)
+        except _FAILURES as error:
+            raise self._fail(error) from None
+
+    def wait_staged(self, timeout_s: float) -> None:
+        self._images.wait(timeout_s)
 
     def submit(self, plan: StepPlan) -> None:
         plans = self._alive()

@@ -26,9 +26,6 @@ from dist_vlm.workers.failure import describe
 
 _MIN_STORE_BYTES = 80 << 20
 _MAX_STORE_BYTES = 2 << 30
-# What a call's arguments may have at most to travel with it, in a private Ray, and not through the object store, which
-# takes longer by more than a millisecond. A picture as it is staged has some 340 KB.
-_INLINE_BYTES = 1 << 20
 # What a process takes to end that was told to.
 _END_WAIT_S = 2.0
 # Unix socket paths end at 107 characters, and Ray appends some 60 to its directory.
@@ -88,11 +85,6 @@ class RayCluster:
     def on_private(self) -> bool:
         """Whether the Ray in use is this process's private one, started here or by another engine."""
         return self._owner is not None
-
-    @property
-    def inline_bytes(self) -> int:
-        """Bytes that the arguments of a call may have to be sent with it; 0 where nothing is known of that."""
-        return _INLINE_BYTES if self.on_private else 0
 
     def _use(self, owner: RayCluster | None) -> None:
         if owner is not None:
@@ -173,7 +165,6 @@ class RayCluster:
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(self.temp_dir),
-                _system_config={"max_direct_call_object_size": _INLINE_BYTES},
             )
         self._log_errors_quietly()
 
@@ -287,7 +278,7 @@ def _check_reachable(address: str, timeout_s: float) -> None:
 
 
 def _store_bytes() -> int | None:
-    """Size of the object store: it holds staged images. None (Ray's choice) where shared memory is too small."""
+    """Size of the object store. None (Ray's choice) where shared memory is too small."""
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:

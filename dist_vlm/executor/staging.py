@@ -1,9 +1,10 @@
-"""Images on their way to the ranks: each is put into Ray's object store once, and read from there by every rank; where
-there is one rank alone, and Ray sends that much with a call, it goes to it as it is."""
+"""Images on their way to ranks on another machine: each is put into Ray's object store once, and read from there by
+every rank."""
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,19 +17,20 @@ from dist_vlm.workers.failure import describe
 if TYPE_CHECKING:
     import numpy as np
 
-_GROUP = "staging"
+# The ranks' concurrency group that takes images.
+GROUP = "staging"
+# Ray keeps some KB about every call of the last hundred thousand, unless told not to.
+_OPTIONS = {"concurrency_group": GROUP, "enable_task_events": False}
 # How long a call waits for the one before it on the same key.
 _ORDER_S = 5.0
-# Of what a call may send, beside an image: its name, its kind, and what Ray adds.
-_BESIDE_BYTES = 4096
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """array: the reference that keeps the image in the object store, where a rank reads it in place; None for one that
-    was sent. answers: one a rank."""
+    """array: the reference that keeps the image in the object store, where a rank reads it in place. answers: one a
+    rank."""
 
     array: Any
     answers: list[Future[None]]
@@ -38,14 +40,12 @@ class ImageStaging:
     """Stages by plain actor calls, in a concurrency group of their own: they run beside the steps.
 
     To put an image into the store takes longer than to send a plan, so a thread of its own does it, and answers are
-    taken by Ray's own thread: no method of this class calls Ray or waits, `close` apart.
-
-    inline_bytes: what Ray sends with a call, at most.
+    taken by Ray's own thread: no method of this class calls Ray or waits, `wait` and `close` apart.
     """
 
-    def __init__(self, actors: Sequence[Any], *, inline_bytes: int = 0) -> None:
+    def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = actors
-        self._inline_bytes = inline_bytes
+        self._news = threading.Event()
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="staging")
         self._sent: dict[str, Future[_Sent]] = {}
         # The sender's alone: the ranks' answers to the last call that withdrew a key.
@@ -56,9 +56,11 @@ class ImageStaging:
         if key in self._sent:
             raise ValueError(f"image {key!r} is staged already")
         self._sent[key] = self._arriving[key] = self._sender.submit(self._send, key, kind, array)
+        self._sent[key].add_done_callback(self._tell)
 
     def poll(self) -> list[StagedImage]:
         """Images that every rank has answered for since the last call, and those that could not be sent."""
+        self._news.clear()
         images = [StagedImage(key, _error(sent)) for key, sent in self._arriving.items() if _has_ended(sent)]
         for image in images:
             del self._arriving[image.key]
@@ -71,25 +73,35 @@ class ImageStaging:
         self._arriving.pop(key, None)
         self._sender.submit(self._withdraw, key, sent)
 
+    def wait(self, timeout_s: float) -> None:
+        """Until `poll` may have something to tell, or so long."""
+        self._news.wait(timeout_s)
+
     def close(self) -> None:
         """Sends no more. Waits for what is being sent: where Ray ends meanwhile, a call would start another one."""
         self._sender.shutdown(cancel_futures=True)
+
+    def _tell(self, _: Future[Any]) -> None:
+        """In any thread."""
+        self._news.set()
 
     # ------------------------------------------------------ the sender's thread
 
     def _send(self, key: str, kind: StageKind, array: np.ndarray) -> _Sent:
         import ray
 
-        is_sent = len(self._actors) == 1 and array.nbytes + _BESIDE_BYTES <= self._inline_bytes
-        given = array if is_sent else ray.put(array)
+        stored = ray.put(array)
         _await(self._withdrawn.pop(key, ()))
-        calls = [actor.stage.options(concurrency_group=_GROUP).remote(key, kind, given) for actor in self._actors]
-        return _Sent(None if is_sent else given, [call.future() for call in calls])
+        calls = [actor.stage.options(**_OPTIONS).remote(key, kind, stored) for actor in self._actors]
+        answers = [call.future() for call in calls]
+        for answer in answers:
+            answer.add_done_callback(self._tell)
+        return _Sent(stored, answers)
 
     def _withdraw(self, key: str, sent: Future[_Sent]) -> None:
         if sent.exception() is None:
             _await(sent.result().answers)
-        answers = [actor.unstage.options(concurrency_group=_GROUP).remote(key).future() for actor in self._actors]
+        answers = [actor.unstage.options(**_OPTIONS).remote(key).future() for actor in self._actors]
         for done in [key for key, old in self._withdrawn.items() if all(answer.done() for answer in old)]:
             del self._withdrawn[done]
         self._withdrawn[key] = answers

@@ -70,6 +70,22 @@ def test_a_request_of_which_all_is_told_is_refused():
         core.add(dataclasses.replace(request("a"), output_token_ids=(1, 2, 3, 4)))
 
 
+def test_while_images_are_on_their_way_what_can_be_done_is_done_and_then_the_executor_waits(monkeypatch):
+    waits = []
+    core, executor = engine(staging_polls=2)
+    monkeypatch.setattr(executor, "wait_staged", waits.append)
+    core.add(request("a", 9, image="x"))
+    assert len(core._held["a"].record.block_digests) == 2
+    assert core.step() == []
+    assert len(waits) == 1 and 0 < waits[0] < 0.01
+    tokens, _ = drain(core)
+    assert tokens["a"] == expected(request("a", 9))
+    core.add(request("b", 9))
+    told = len(waits)
+    drain(core)
+    assert len(waits) == told, "there is nothing to wait for"
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_requests_with_and_without_images_run_to_their_end(depth):
     core, executor = engine(depth, staging_polls=2)

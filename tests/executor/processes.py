@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +19,17 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def stop(pid: int) -> None:
+    """Stops a process, all its threads: each does so when the kernel next comes by it."""
+    os.kill(pid, signal.SIGSTOP)
+    end = time.monotonic() + 10
+    while {path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")} != {
+        "T"
+    }:
+        assert time.monotonic() < end, f"process {pid} does not stop"
+        time.sleep(0.001)
 
 
 def descendants(pid: int) -> list[int]:

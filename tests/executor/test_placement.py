@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 from stand_in import rank_config
 
-from dist_vlm.executor.placement import engine_bundles, of_this_actor, rank_bundle
+from dist_vlm.executor.placement import engine_bundles, is_here, of_this_actor, rank_bundle
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,17 @@ def test_the_group_an_actor_is_in_is_taken_where_it_fits(
     places = of_this_actor(rank_config(2))
     assert (places is not None) == is_taken
     assert places is None or (places.group is current and places.first_bundle == 1 and not places.is_ours)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [({0: "mine", 1: "mine"}, True), ({0: "other", 1: "other"}, False), ({0: "mine", 1: "other"}, False), ({}, False)],
+)
+def test_a_group_is_here_if_all_of_it_is(
+    monkeypatch: pytest.MonkeyPatch, nodes: dict[int, str], expected: bool
+) -> None:
+    tables = {"group": {"bundles_to_node_id": nodes}}
+    monkeypatch.setattr(ray.util, "placement_group_table", lambda group: tables[group])
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "mine"))
+    group: Any = "group"
+    assert is_here(group) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -11,9 +12,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import ray
+from processes import stop
 from stand_in import RUNNER, rank_config
 
-from dist_vlm.executor import heartbeat
+from dist_vlm.executor import heartbeat, placement
 from dist_vlm.executor.base import ExecutorError, StagedImage, StartError
 from dist_vlm.executor.placement import PRIVATE_CPUS
 from dist_vlm.executor.ray import RayExecutor
@@ -133,21 +135,66 @@ def test_an_image_forgotten_on_its_way_is_not_reported(pair: Pair) -> None:
     assert pair.executor.poll_staged() == []
 
 
-def test_an_image_that_the_object_store_does_not_take_is_reported_and_leaves(
+def test_an_image_for_which_there_is_no_memory_is_reported_and_leaves(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def put(array: np.ndarray) -> None:
-        raise MemoryError("the store is full")
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOMEM, "no memory")
 
     pixels = np.ones((1, 3, 2, 2), np.float32)
     with monkeypatch.context() as patched:
-        patched.setattr(ray, "put", put)
+        patched.setattr(os, "pwrite", full)
         pair.executor.stage("big", "pixel_values", pixels)
-        assert staged(pair.executor, 1) == [StagedImage("big", "MemoryError: the store is full")]
+        pair.executor.wait_staged(20)
+        (image,) = pair.executor.poll_staged()
+        assert image.key == "big" and "no memory" in str(image.error)
     pair.executor.unstage("big")
     pair.executor.stage("big", "pixel_values", pixels)
     assert staged(pair.executor, 1) == [StagedImage("big", None)]
     pair.executor.unstage("big")
+
+
+def test_to_ranks_on_another_machine_images_go_through_ray(
+    make_ray_executor: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "is_here", lambda group: False)
+    monkeypatch.delattr(os, "memfd_create")
+    executor = make_ray_executor(2)
+    executor.start()
+    executor.stage("cat", "pixel_values", np.ones((1, 3, 2, 2), np.float32))
+    images: list[StagedImage] = []
+    for _ in range(5):
+        executor.wait_staged(10)
+        images += executor.poll_staged()
+        if images:
+            break
+    assert images == [StagedImage("cat", None)]
+    executor.submit(decode(0, encode=("cat",)))
+    assert executor.collect().sampled == (SampledTokens(1, (1006 + 12,)),)
+
+
+@over_both
+def test_a_rank_killed_while_an_image_is_on_its_way_is_named_and_the_image_not_blamed(
+    make_ray_executor: Make, transport: str
+) -> None:
+    """It can be given to the ranks that come in their place: nobody was told that it failed."""
+    executor = make_ray_executor(2, transport=transport)
+    executor.start()
+    pids = ray.get([actor.ping.options(concurrency_group="status").remote() for actor in executor._actors])
+    stop(pids[1])
+    for number in range(40):
+        executor.stage(str(number), "pixel_values", np.ones((1, 3, 2, 2), np.float32))
+    images = list(executor.poll_staged())
+    os.kill(pids[1], signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(ExecutorError, match=r"\(rank 1\): its process died"):
+        while time.monotonic() - began < NOTICE_S:
+            executor.wait_staged(0.01)
+            images += executor.poll_staged()
+    assert images == []
+    executor.restart()
+    executor.stage("3", "pixel_values", np.ones((1, 3, 2, 2), np.float32))
+    assert staged(executor, 1) == [StagedImage("3", None)]
 
 
 def test_shutdown_ends_the_rank_and_leaves_the_ray_that_was_there(make_ray_executor: Make, pair: Pair) -> None:

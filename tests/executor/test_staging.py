@@ -1,4 +1,4 @@
-"""How an image travels to the ranks: with the call, or through the object store."""
+"""How an image travels to ranks on another machine: through the object store."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from dist_vlm.executor.base import StagedImage
 from dist_vlm.executor.ray_cluster import RayCluster
 from dist_vlm.executor.staging import ImageStaging
 
-# More than Ray sends with a call by itself, and less than in a private one.
+# More than Ray sends with a call.
 PIXELS = np.random.default_rng(0).integers(0, 256, (1, 3, 340, 336), dtype=np.uint8)
-HUGE = np.ones((1, 3, 700, 700), np.uint8)
 
 Make = Callable[..., tuple[ImageStaging, list[Any]]]
 
@@ -44,10 +43,10 @@ class Holder:
 def make(shared_ray: RayCluster) -> Iterator[Make]:
     opened: list[tuple[ImageStaging, list[Any]]] = []
 
-    def begin(ranks: int, inline_bytes: int) -> tuple[ImageStaging, list[Any]]:
+    def begin(ranks: int) -> tuple[ImageStaging, list[Any]]:
         actors = [Holder.options(num_cpus=0).remote() for _ in range(ranks)]
         ray.get([actor.facts.remote() for actor in actors])
-        opened.append((ImageStaging(actors, inline_bytes=inline_bytes), actors))
+        opened.append((ImageStaging(actors), actors))
         return opened[-1]
 
     yield begin
@@ -85,30 +84,49 @@ def total(array: np.ndarray) -> tuple[int, bool]:
     return int(array.sum(dtype=np.int64)), False
 
 
-def test_to_a_rank_alone_an_image_goes_with_the_call_if_it_is_small_enough(
-    make: Make, put: list[int], shared_ray: RayCluster
-) -> None:
-    staging, (actor,) = make(1, shared_ray.inline_bytes)
-    staging.stage("a", "coded_pixels", PIXELS)
-    staging.stage("b", "coded_pixels", HUGE)
-    assert staged(staging, 2) == [StagedImage("a", None), StagedImage("b", None)]
-    assert put == [HUGE.nbytes]
-    assert ray.get(actor.facts.remote()) == {"a": total(PIXELS), "b": total(HUGE)}
-
-
-@pytest.mark.parametrize(("ranks", "is_known"), [(1, False), (2, True)])
-def test_otherwise_it_is_put_into_the_object_store_once(
-    ranks: int, is_known: bool, make: Make, put: list[int], shared_ray: RayCluster
-) -> None:
-    staging, actors = make(ranks, shared_ray.inline_bytes if is_known else 0)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_image_is_put_into_the_object_store_once(ranks: int, make: Make, put: list[int]) -> None:
+    staging, actors = make(ranks)
     staging.stage("a", "coded_pixels", PIXELS)
     assert staged(staging, 1) == [StagedImage("a", None)]
     assert put == [PIXELS.nbytes]
     assert ray.get([actor.facts.remote() for actor in actors]) == [{"a": total(PIXELS)}] * ranks
 
 
-def test_one_that_was_sent_can_leave_come_again_and_fail(make: Make, shared_ray: RayCluster) -> None:
-    staging, (actor,) = make(1, shared_ray.inline_bytes)
+def test_what_the_object_store_does_not_take_is_reported_and_can_come_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(array: np.ndarray) -> None:
+        raise MemoryError("the store is full")
+
+    staging, _ = make(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "put", full)
+        staging.stage("a", "coded_pixels", PIXELS)
+        assert staged(staging, 1) == [StagedImage("a", "MemoryError: the store is full")]
+    staging.unstage("a")
+    staging.stage("a", "coded_pixels", PIXELS)
+    assert staged(staging, 1) == [StagedImage("a", None)]
+
+
+def test_a_wait_ends_with_news_and_without_at_its_time(make: Make) -> None:
+    staging, _ = make(2)
+    began = time.monotonic()
+    staging.wait(0.05)
+    assert time.monotonic() - began > 0.04
+    staging.stage("a", "coded_pixels", PIXELS)
+    images: list[StagedImage] = []
+    for _ in range(5):  # the call, an answer a rank
+        staging.wait(20)
+        images += staging.poll()
+        if images:
+            break
+    assert images == [StagedImage("a", None)]
+    assert time.monotonic() - began < 15
+
+
+def test_one_that_was_sent_can_leave_come_again_and_fail(make: Make) -> None:
+    staging, (actor,) = make(1)
     for shift in range(4):
         array = PIXELS + np.uint8(shift)
         staging.stage("a", "coded_pixels", array)
@@ -122,9 +140,3 @@ def test_one_that_was_sent_can_leave_come_again_and_fail(make: Make, shared_ray:
         staging.stage("a", "coded_pixels", PIXELS)
     with pytest.raises(ValueError, match="'b' is not staged"):
         staging.unstage("b")
-
-
-def test_only_of_a_private_ray_is_it_known_what_a_call_may_send(shared_ray: RayCluster) -> None:
-    assert PIXELS.nbytes < shared_ray.inline_bytes < HUGE.nbytes
-    other = RayCluster()
-    assert other.inline_bytes == 0
