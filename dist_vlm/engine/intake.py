@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from dist_vlm.engine.jobs import Job
@@ -34,8 +35,8 @@ class Intake(Generic[Result]):
     """Draws jobs and prepares them. For one thread.
 
     jobs: drawn from no further than asked.
-    prepare: called in a thread of `preparers` where a job has pictures, with the other threads as its helpers where the
-        job is alone; otherwise in the caller's, when the job's turn has come.
+    prepare: called in a thread of `preparers` where a job has pictures; in the caller's, when the job's turn has come,
+        where it has none, or is alone and waited for. One that is alone has the other threads as its helpers.
     new_id: names the next request.
     """
 
@@ -46,7 +47,7 @@ class Intake(Generic[Result]):
         self._prepare = prepare
         self._preparers = preparers
         self._new_id = new_id
-        self._drawn: deque[tuple[str, Job, Future[Result] | None]] = deque()
+        self._drawn: deque[tuple[Drawn[Result], Future[Result] | None]] = deque()
         self._has_more = True
 
     @property
@@ -54,8 +55,11 @@ class Intake(Generic[Result]):
         """Whether every job has been taken."""
         return not self._has_more and not self._drawn
 
-    def draw(self, most: int) -> None:
-        """Draws jobs until `most` are on their way, or there are no more. Raises what drawing one does."""
+    def draw(self, most: int, *, waits: bool = False) -> None:
+        """Draws jobs until `most` are on their way, or there are no more. Raises what drawing one does.
+
+        waits: whether the caller will wait for the first of them.
+        """
         new: list[tuple[str, Job]] = []
         try:
             while self._has_more and len(self._drawn) + len(new) < most:
@@ -67,30 +71,30 @@ class Intake(Generic[Result]):
                     job = replace(job, params=job.params.clone())  # the caller may change its own for the next prompt
                 new.append((self._new_id(), job))
         finally:
-            self._begin(new)
+            self._begin(new, waits)
 
-    def _begin(self, new: list[tuple[str, Job]]) -> None:
-        helpers = self._preparers if len(self._drawn) + len(new) == 1 else None
+    def _begin(self, new: list[tuple[str, Job]], waits: bool) -> None:
+        is_alone = len(self._drawn) + len(new) == 1
         for request_id, job in new:
-            future = None
-            if _has_pictures(job):
-                future = self._preparers.submit(self._prepare, request_id, job, helpers=helpers)
-            self._drawn.append((request_id, job, future))
+            prepare = partial(self._prepare, request_id, job, helpers=self._preparers if is_alone else None)
+            is_elsewhere = _has_pictures(job) and not (is_alone and waits)
+            future = self._preparers.submit(prepare) if is_elsewhere else None
+            self._drawn.append((Drawn(request_id, job, prepare if future is None else future.result), future))
 
     def take(self, *, wait: bool) -> Drawn[Result] | None:
         """The oldest job on its way; None if there is none, or it is not prepared yet and not to be waited for."""
         if not self._drawn:
             return None
-        request_id, job, future = self._drawn[0]
+        drawn, future = self._drawn[0]
         if future is not None and not (wait or future.done()):
             return None
         self._drawn.popleft()
-        return Drawn(request_id, job, future.result if future is not None else lambda: self._prepare(request_id, job))
+        return drawn
 
     def close(self) -> None:
         """Gives up what is on its way. What a thread has begun ends by itself."""
         while self._drawn:
-            _, _, future = self._drawn.popleft()
+            _, future = self._drawn.popleft()
             if future is not None:
                 future.cancel()
         self._has_more = False

@@ -172,7 +172,7 @@ class OfflineLoop:
             if len(mine) >= limit or (mine and self._core.staged_bytes > _MAX_STAGED_BYTES):
                 return
             self._check_alive()
-            intake.draw(min(_MAX_DRAWN, limit - len(mine)))
+            intake.draw(min(_MAX_DRAWN, limit - len(mine)), waits=not mine)
             drawn = intake.take(wait=not mine)
             if drawn is None:
                 return

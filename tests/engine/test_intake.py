@@ -72,6 +72,20 @@ def test_pictures_are_prepared_elsewhere_and_texts_here(rig):
     assert [made.threads[key] == here for key in "0123"] == [False, True, True, False]
 
 
+def test_pictures_of_a_job_that_is_alone_and_waited_for_are_prepared_here_with_all_threads_to_help(rig):
+    made = rig(*[PICTURE] * 4)
+    made.intake.draw(1, waits=True)
+    assert made.threads == {}, "when its turn has come"
+    made.take()
+    made.intake.draw(2, waits=True)
+    made.intake.draw(3)
+    for _ in range(3):
+        made.take()
+    here = threading.get_ident()
+    assert [made.threads[key] == here for key in "0123"] == [True, False, False, False]
+    assert [made.helpers[key] for key in "0123"] == [made.pool, None, None, None]
+
+
 def test_a_text_is_not_prepared_before_its_turn(rig):
     made = rig(PICTURE, "a text")
     made.hold.clear()
