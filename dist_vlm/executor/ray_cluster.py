@@ -27,7 +27,7 @@ from dist_vlm.workers.failure import describe
 _MIN_STORE_BYTES = 80 << 20
 _MAX_STORE_BYTES = 2 << 30
 # What a process takes to end that was told to.
-_END_WAIT_S = 2.0
+_END_WAIT_S = 10.0
 # Unix socket paths end at 107 characters, and Ray appends some 60 to its directory.
 _MAX_TEMP_CHARS = 30
 
