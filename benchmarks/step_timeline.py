@@ -5,8 +5,9 @@
 
 The engine is the ordinary one, two steps in flight: rank 0's runner times steps of each batch size, then profiles as
 many. A step lasts from the beginning of its first kernel to that of the next step's; it is idle while no kernel and no
-copy runs, on whatever stream. Profiling makes kernels of a graph begin later, so the time of the same steps without it
-stands beside. On a CPU there are operators in place of kernels, one in another.
+copy runs, on whatever stream. A kernel that starts before the one before it has ended counts from there, waiting
+included, so that all of them together may be more than the step. Profiling makes kernels of a graph begin later, so the
+time of the same steps without it stands beside. On a CPU there are operators in place of kernels, one in another.
 """
 
 from __future__ import annotations
