@@ -8,8 +8,9 @@ from torch import Tensor
 from dist_vlm.kernels import paged_attention, rotary_write_kv
 from dist_vlm.kernels.attention import one_after_the_other
 from dist_vlm.kernels.checks import check_float
+from dist_vlm.kernels.new_tokens_triton import NewTokens
 from dist_vlm.kernels.paged_attention_triton import paged_attention_triton
-from dist_vlm.kernels.paged_decode_triton import NewTokens, attend_singles
+from dist_vlm.kernels.paged_decode_triton import attend_singles
 from dist_vlm.kernels.paged_plan_triton import TritonPlan
 from dist_vlm.kernels.rotary_write_kv_triton import rotary_write_kv_triton
 

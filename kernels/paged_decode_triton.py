@@ -10,7 +10,6 @@ sequence's last position takes its key and value from the projections, and no ot
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,26 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
+from dist_vlm.kernels.new_tokens_triton import NO_NEW_TOKENS, NewTokens, take_new, turned
 from dist_vlm.kernels.paged_plan_triton import VARYING, TritonPlan
 
 # Programs that fill a GPU when it decodes; parts are added until the batch has as many.
 _WANTED_PROGRAMS = 528
 _MAX_PARTS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class NewTokens:
-    """Of each row of q what the cache does not have yet, as `dist_vlm.kernels.rotary_write_kv` takes it.
-
-    keys, values: [N, kv_heads, D], not rotated, as q is not. cos, sin: [N, R]. slot_mapping: int64 [N].
-    The last axes are dense.
-    """
-
-    keys: Tensor
-    values: Tensor
-    cos: Tensor
-    sin: Tensor
-    slot_mapping: Tensor
 
 
 def attend_singles(
@@ -79,7 +64,8 @@ def attend_singles(
         q.stride(0),
         q.stride(1),
         scale * math.log2(math.e),
-        *_new_arguments(new, key_cache),
+        *(NO_NEW_TOKENS if new is None else new.arguments()),
+        key_cache.shape[0] * key_cache.shape[1],
         first_rows=decodes.tokens is None,
         half=0 if new is None else new.cos.shape[1] // 2,
         kv_heads=kv_heads,
@@ -110,19 +96,6 @@ def attend_singles(
             num_warps=2,
             **launch_early(),
         )
-
-
-def _new_arguments(new: NewTokens | None, key_cache: Tensor) -> tuple[Tensor | int | None, ...]:
-    if new is None:
-        return None, None, None, None, None, 0, 0, 0, 0, 0, 0, 0, 0
-    strides = (*new.keys.stride()[:2], *new.values.stride()[:2], new.cos.stride(0), new.sin.stride(0))
-    num_slots = key_cache.shape[0] * key_cache.shape[1]
-    return (
-        *(new.keys, new.values, new.cos, new.sin, new.slot_mapping),
-        *strides,
-        new.slot_mapping.stride(0),
-        num_slots,
-    )
 
 
 def num_parts(num_programs: int) -> int:
@@ -192,7 +165,7 @@ def _decode_kernel(
     else:
         cos += row * cos_stride
         sin += row * sin_stride
-        query = _turned(queries, columns, in_head, cos, sin, half).to(kind).to(tl.float32)
+        query = turned(queries, columns, in_head, cos, sin, half).to(kind).to(tl.float32)
     query *= scale
     size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
     begin = part * size
@@ -224,18 +197,14 @@ def _decode_kernel(
         best = new_best
     highest = tl.max(best, 0)
     if new_keys is not None:
-        wanted = columns < tl.where(has_new, head_dim, 0)
-        key = _turned(new_keys + row * new_key_stride + head * new_key_head_stride, columns, wanted, cos, sin, half).to(
-            kind
-        )
-        value_place = new_values + row * new_value_stride + head * new_value_head_stride + columns
-        value = tl.load(value_place, mask=wanted, other=0.0)
+        new_key = new_keys + row * new_key_stride + head * new_key_head_stride
+        new_value = new_values + row * new_value_stride + head * new_value_head_stride
         slot = tl.load(slot_mapping + row * slot_step)
-        kept = columns < tl.where(has_new & (slot >= 0) & (slot < num_slots), head_dim, 0)
-        place = (slot * kv_heads + head) * head_dim + columns
-        tl.store(key_cache + place, key, mask=kept)
-        tl.store(value_cache + place, value, mask=kept)
-        score = tl.where(has_new, tl.sum(query * key.to(tl.float32), 0), -1e30)
+        key, value = take_new(
+            new_key, new_value, cos, sin, slot, key_cache, value_cache, head, columns, has_new, num_slots,
+            kv_heads, head_dim, half,
+        )  # fmt: skip
+        score = tl.where(has_new, tl.sum(query * key, 0), -1e30)
         highest = tl.maximum(highest, score)
     factor = tl.exp2(best - highest)
     total = tl.sum(weight * factor, 0)
@@ -243,7 +212,7 @@ def _decode_kernel(
     if new_keys is not None:
         share = tl.where(has_new, tl.exp2(score - highest), 0.0)
         total += share
-        result += share * value.to(tl.float32)
+        result += share * value
     if not is_split:
         result = result / tl.where(total == 0, 1.0, total)
         tl.store(out + (row * kv_heads + head) * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
@@ -316,7 +285,7 @@ def _decode_group_kernel(
     else:
         cos += row * cos_stride
         sin += row * sin_stride
-        queries = _turned(heads_of_q, columns[None, :], head_mask, cos, sin, half).to(kind)
+        queries = turned(heads_of_q, columns[None, :], head_mask, cos, sin, half).to(kind)
     size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
     begin = part * size
     end = tl.minimum(begin + size, context)
@@ -345,24 +314,20 @@ def _decode_group_kernel(
         acc = tl.dot(shares.to(values.dtype), values, acc * shrink[:, None], input_precision=precision)
         best = new_best
     if new_keys is not None:
-        wanted = columns < tl.where(has_new, head_dim, 0)
-        key = _turned(
-            new_keys + row * new_key_stride + kv_head * new_key_head_stride, columns, wanted, cos, sin, half
-        ).to(kind)
-        value_place = new_values + row * new_value_stride + kv_head * new_value_head_stride + columns
-        value = tl.load(value_place, mask=wanted, other=0.0)
+        new_key = new_keys + row * new_key_stride + kv_head * new_key_head_stride
+        new_value = new_values + row * new_value_stride + kv_head * new_value_head_stride
         slot = tl.load(slot_mapping + row * slot_step)
-        kept = columns < tl.where(has_new & (slot >= 0) & (slot < num_slots), head_dim, 0)
-        place = (slot * kv_heads + kv_head) * head_dim + columns
-        tl.store(key_cache + place, key, mask=kept)
-        tl.store(value_cache + place, value, mask=kept)
+        key, value = take_new(
+            new_key, new_value, cos, sin, slot, key_cache, value_cache, kv_head, columns, has_new, num_slots,
+            kv_heads, head_dim, half,
+        )  # fmt: skip
         if has_new:
-            new_scores = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+            new_scores = tl.sum(queries.to(tl.float32) * key[None, :], 1) * scale
             new_best = tl.maximum(best, new_scores)
             shrink = tl.exp2(best - new_best)
             new_shares = tl.exp2(new_scores - new_best)
             weight = weight * shrink + new_shares
-            acc = acc * shrink[:, None] + new_shares[:, None] * value.to(tl.float32)[None, :]
+            acc = acc * shrink[:, None] + new_shares[:, None] * value[None, :]
             best = new_best
     if not is_split:
         result = acc / tl.where(weight == 0, 1.0, weight)[:, None]
@@ -408,15 +373,3 @@ def _join_kernel(
     total = tl.sum(weight * factor, 0)
     result = tl.sum(acc * factor[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(out + row * (heads * head_dim) + head * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
-
-
-@triton.jit
-def _turned(heads, columns, mask, cos, sin, half: tl.constexpr):
-    """Numbers of heads after the rotary embedding, float32. heads: where each begins. cos, sin: the token's."""
-    turns = columns < 2 * half
-    partner = tl.where(columns < half, columns + half, columns - half)
-    numbers = tl.load(heads + columns, mask=mask, other=0.0).to(tl.float32)
-    partners = tl.load(heads + partner, mask=mask & turns, other=0.0).to(tl.float32)
-    by_cos = tl.load(cos + columns, mask=turns, other=1.0).to(tl.float32)
-    by_sin = tl.load(sin + columns, mask=turns, other=0.0).to(tl.float32)
-    return numbers * by_cos + tl.where(columns < half, -partners, partners) * by_sin
