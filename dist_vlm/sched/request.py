@@ -102,10 +102,12 @@ class Request:
         return self.state is RequestState.FINISHED
 
     def start_over(self) -> None:
-        """Nothing of it is computed or planned any more, and it is nowhere queued; the tokens that it has stay."""
+        """Nothing of it is computed or planned any more, and it is nowhere queued; the tokens that it has stay. It may
+        come to another cache, of which it knows no digests."""
         self.state = RequestState.NEW
         self.slot = None
         self.block_ids.clear()
+        self.block_digests.clear()
         self.num_planned = self.num_published = self.num_pending = self.num_in_flight = 0
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:

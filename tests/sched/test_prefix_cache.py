@@ -59,6 +59,18 @@ def test_nothing_is_done_ahead_where_nothing_is_shared():
     assert request.block_digests == []
 
 
+def test_a_request_that_starts_over_elsewhere_shares_with_those_that_are_there():
+    """The other cache has another key."""
+    one, other = rig(), rig()
+    moved = Request("moved", PROMPT, max_tokens=1)
+    one.scheduler.look_ahead(moved)
+    moved.start_over()
+    run_one(other, "first")
+    other.add(moved)
+    other.run()
+    assert moved.num_cached_tokens == 16
+
+
 def test_at_least_one_token_is_computed():
     one = rig()
     run_one(one, "first", PROMPT[:16])
