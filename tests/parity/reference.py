@@ -14,6 +14,10 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 
+# One prompt at a time is too little for more: where there are many cores, their threads would wait for one another.
+_MAX_THREADS = 4
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """A prompt in the modern form, with one <image> placeholder or none."""
@@ -30,6 +34,7 @@ class Reference:
     """One checkpoint in transformers."""
 
     def __init__(self, checkpoint: Path) -> None:
+        torch.set_num_threads(min(_MAX_THREADS, torch.get_num_threads()))
         self.model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint, backend="pil")
 
