@@ -182,6 +182,7 @@ class _Keeper:
 
     def __init__(self) -> None:
         self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def call(self, function: Callable[..., Any], timeout_s: float, **arguments: Any) -> None:
         """Raises what `function` raises, and `StartError` if it is not done in time."""
@@ -196,14 +197,19 @@ class _Keeper:
             outcome.set_result(None)
             self._ended.wait()
 
-        threading.Thread(target=run, name="ray-keeper", daemon=True).start()
+        thread = threading.Thread(target=run, name="ray-keeper", daemon=True)
+        thread.start()
         try:
             outcome.result(timeout_s)
         except FutureTimeoutError:
             raise StartError("ray", f"Ray did not start or answer within {timeout_s:.0f} s") from None
+        self._thread = thread
 
     def end(self) -> None:
+        """Waits for the thread, unless it hangs in the call."""
         self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 def _worker_environment() -> dict[str, str]:
@@ -334,19 +340,24 @@ def _loopback_only() -> Iterator[None]:
 
 @contextmanager
 def _without_helpers() -> Iterator[None]:
-    """Starts Ray without its autoscaler and its forwarder of logs, a second of processor time each: a private Ray
-    has one node, and the ranks' output stays in their logs. Ray offers no public switch; where the private one is
-    gone, they start."""
+    """Starts Ray without its autoscaler, its forwarder of logs, and the process that a dashboard would be in, for which
+    it waits even where there is to be none. Each takes a second of processor time; a private Ray has one node, and the
+    ranks' output stays in their logs. Ray offers no public switch; where the private one is gone, they start."""
     parameter: Any = importlib.import_module("ray._private.parameter")
-    before = parameter.RayParams
+    node: Any = importlib.import_module("ray._private.node").Node
+    before, start_dashboard = parameter.RayParams, getattr(node, "start_api_server", None)
     known = inspect.signature(before.__init__).parameters
     wanted = {"no_monitor": True, "include_log_monitor": False}
     lean = {name: value for name, value in wanted.items() if name in known}
     parameter.RayParams = lambda *args, **kwargs: before(*args, **(lean | kwargs))
+    if start_dashboard is not None:
+        node.start_api_server = lambda *_, **__: None
     try:
         yield
     finally:
         parameter.RayParams = before
+        if start_dashboard is not None:
+            node.start_api_server = start_dashboard
 
 
 @contextmanager
