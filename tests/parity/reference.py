@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-
 # One prompt at a time is too little for more: where there are many cores, their threads would wait for one another.
 _MAX_THREADS = 4
 
