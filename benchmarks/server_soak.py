@@ -190,7 +190,7 @@ def gpus_met(gpus: Mapping[str, dict[str, Any]]) -> dict[str, bool]:
     return {f"slope of GPU memory under {TARGET_BYTES} bytes a request": is_met} if gpus else {}
 
 
-def longest_stalls(news: Sequence[float], *, since: float, count: int = 5) -> list[dict[str, float]]:
+def longest_stalls(news: Sequence[float], *, since: float, count: int = 20) -> list[dict[str, float]]:
     """The longest times in which nobody heard anything, and when after `since` each began, those before it left out."""
     ordered = sorted(news)
     pairs = [(after - before, before - since) for before, after in itertools.pairwise(ordered) if before >= since]
