@@ -9,6 +9,7 @@ from dist_vlm.kernels import attention_triton as attention_triton_module
 from dist_vlm.kernels.attention_triton import attention_triton
 from dist_vlm.kernels.choice import IMPLEMENTATIONS
 from dist_vlm.kernels.paged_attention import plan_attention_reference
+from dist_vlm.kernels.paged_decode_triton import num_parts
 from dist_vlm.kernels.paged_plan_triton import plan_decode_triton
 
 from .attention_cases import TOLERANCE, make_case
@@ -97,7 +98,9 @@ def test_heads_of_any_size_of_which_a_part_is_rotated(heads, kv_heads, head_dim,
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_many_sequences_which_are_not_cut_into_parts(kv_heads) -> None:
-    case = Case([7 * index % 60 + 1 for index in range(280)], kv_heads=kv_heads, head_dim=16)
+    count = 280 // kv_heads
+    assert num_parts(count * kv_heads) == 1
+    case = Case([7 * index % 60 + 1 for index in range(count)], kv_heads=kv_heads, head_dim=16)
     assert_same(case, case.actual(), case.expected())
 
 
