@@ -643,6 +643,12 @@ def test_the_state_and_the_silence_of_the_ranks_are_told(make: Make, engine_proc
     assert llm.front.tokenizer is llm.get_tokenizer()
 
 
+def has_stopped(pid: int) -> bool:
+    """Every thread: each stops when it next gets to run."""
+    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
+
+
 def test_a_stopped_engine_process_holds_up_whoever_asks_it_and_nobody_else(make: Make) -> None:
     llm = make(engine_process=True)
     pid: int = llm._client.pid  # type: ignore[attr-defined]
@@ -658,6 +664,8 @@ def test_a_stopped_engine_process_holds_up_whoever_asks_it_and_nobody_else(make:
     async def run() -> None:
         assert await llm.silence_s()
         os.kill(pid, signal.SIGSTOP)
+        while not has_stopped(pid):
+            await asyncio.sleep(0.01)
         try:
             for _ in range(2):
                 asking = asyncio.ensure_future(asyncio.wait_for(llm.silence_s(), 0.3))
