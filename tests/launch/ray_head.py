@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_vlm.executor import semaphores
+
 _START_S = 60.0
 
 
@@ -71,6 +73,7 @@ def started(*, num_cpus: int) -> Iterator[Head]:
             _await_answer(head, url)
             yield Head(url, token, head.pid)
         finally:
+            pids = session_of(head.pid)
             head.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 head.wait(20)
@@ -80,6 +83,7 @@ def started(*, num_cpus: int) -> Iterator[Head]:
                     os.kill(pid, signal.SIGKILL)
             head.kill()
             head.wait()
+            semaphores.remove_those_of(pids, within_s=10)
 
 
 def session_of(leader: int) -> list[int]:
