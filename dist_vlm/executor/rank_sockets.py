@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dist_vlm.executor.temp_folder import short_base
 from dist_vlm.executor.transport import TransportClosedError
 from dist_vlm.workers import wire
 from dist_vlm.workers.frames import Disconnected
@@ -33,7 +34,7 @@ def connect_ranks(
     receive: reads a message.
     Raises what a rank's call raised if it ended before it connected.
     """
-    token, folder = secrets.token_hex(16), Path(tempfile.mkdtemp(prefix="dvlm-"))
+    token, folder = secrets.token_hex(16), Path(tempfile.mkdtemp(prefix="dvlm-", dir=short_base()))
     try:
         with socket.socket(socket.AF_UNIX, kind) as listener:
             listener.bind(str(folder / "ranks"))

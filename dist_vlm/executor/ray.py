@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -190,7 +191,10 @@ class RayExecutor(Executor):
             )
             self._plans = PlansInFlight(self._transport, num_ranks=len(self._actors), limit=self._max_steps_in_flight)
             if self._places is not None and placement.is_here(self._places.group):
-                self._images = SharedStaging(self._actors)
+                if hasattr(os, "memfd_create"):
+                    self._images = SharedStaging(self._actors)
+                else:
+                    _log.warning("images go through Ray, which takes longer: this Python has no os.memfd_create")
         except Exception as error:
             if deadline.over:
                 raise StartError("transport", f"not done within start_timeout_s = {deadline.seconds:g}") from None
@@ -236,6 +240,7 @@ class RayExecutor(Executor):
         if plans.oldest is None:
             raise ExecutorError("step", "collect() with no plan submitted")
         try:
+            self._images.advance()
             self.last_results = plans.collect(self._step_timeout_s)
         except _FAILURES as error:
             raise self._fail(error) from None
@@ -249,6 +254,10 @@ class RayExecutor(Executor):
 
     def check(self) -> None:
         self._alive()
+        try:
+            self._images.advance()
+        except _FAILURES as error:
+            raise self._fail(error) from None
 
     def shutdown(self) -> None:
         atexit.unregister(self.shutdown)

@@ -22,14 +22,13 @@ from typing import Any, ClassVar
 
 from dist_vlm.executor import semaphores
 from dist_vlm.executor.base import StartError
+from dist_vlm.executor.temp_folder import short_base
 from dist_vlm.workers.failure import describe
 
 _MIN_STORE_BYTES = 80 << 20
 _MAX_STORE_BYTES = 2 << 30
 # What a process takes to end that was told to.
 _END_WAIT_S = 10.0
-# Unix socket paths end at 107 characters, and Ray appends some 60 to its directory.
-_MAX_TEMP_CHARS = 30
 
 _log = logging.getLogger(__name__)
 
@@ -144,9 +143,7 @@ class RayCluster:
     def _start_private(self, num_cpus: int, use_gpus: bool, timeout_s: float) -> None:
         import ray
 
-        base = tempfile.gettempdir()
-        base = base if len(base) <= _MAX_TEMP_CHARS else "/tmp"
-        self.temp_dir = Path(tempfile.mkdtemp(prefix="dvlm-", dir=base))
+        self.temp_dir = Path(tempfile.mkdtemp(prefix="dvlm-", dir=short_base()))
         self.private = True
         if not os.environ.get("RAY_AUTH_MODE"):
             self._auth_before = _set_auth(_new_token())

@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,11 @@ from dist_vlm.workers import wire
 from dist_vlm.workers.failure import describe
 from dist_vlm.workers.take_images import MESSAGE_BYTES, ImageAnswer, ImageCall
 
-# Calls that may be unanswered; further ones wait here. So few fit into a socket whatever a rank does, and images on
-# their way hold few descriptors.
-_WINDOW = 16
+# Calls that may be unanswered, and those of them that bring an image; further ones wait here. So few fit into a socket
+# whatever a rank does, and images on their way hold few descriptors.
+_WINDOW, _IMAGES = 64, 16
+# Keys of a call to forget; more would not fit a message.
+_MOST_FORGOTTEN = 100
 # Pieces of memory that are kept for further images: what is there already is written in a third of the time.
 _KEPT = 4
 
@@ -38,13 +40,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """array: the image to be staged, as long as it is not sent; None where one is to be forgotten.
+    """key, kind: of the image to be staged. array: it, as long as it is not sent.
     memory: where it is from then on, until every rank has answered.
+    forget: keys of images to be forgotten instead; more may be added until it is sent.
     """
 
-    message: ImageCall
+    key: str = ""
+    kind: str = ""
     array: np.ndarray | None = None
     memory: _Memory | None = None
+    forget: list[str] = field(default_factory=list)
+
+    def message(self) -> ImageCall:
+        array = self.array
+        if array is None:
+            return ImageCall(forget=tuple(self.forget))
+        return ImageCall(self.key, self.kind, str(array.dtype), array.shape)
 
 
 class _Memory:
@@ -56,8 +67,9 @@ class _Memory:
 
     def write(self, array: np.ndarray) -> None:
         """From its beginning. Raises `OSError`."""
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        num_written = os.pwrite(self.descriptor, data.data, 0) if data.nbytes else 0
+        data, num_written = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, 0
+        while num_written < data.nbytes and (count := os.pwrite(self.descriptor, data[num_written:], num_written)):
+            num_written += count
         if num_written != data.nbytes:
             raise OSError(errno.ENOSPC, f"{num_written} of {data.nbytes} bytes could be written")
 
@@ -66,7 +78,7 @@ class SharedStaging:
     """As `ImageStaging`, through one socket a rank, in which calls and answers keep their order. Nothing blocks, `wait`
     apart.
 
-    `stage`, `poll` and `unstage` raise `TransportClosedError` where a rank is gone or this was closed.
+    `stage`, `poll`, `unstage` and `advance` raise `TransportClosedError` where a rank is gone or this was closed.
     """
 
     def __init__(self, actors: Sequence[Any]) -> None:
@@ -89,7 +101,7 @@ class SharedStaging:
     def stage(self, key: str, kind: StageKind, array: np.ndarray) -> None:
         if key in self._staged:
             raise ValueError(f"image {key!r} is staged already")
-        call = _Call(ImageCall(key, kind, str(array.dtype), array.shape), array)
+        call = _Call(key, kind, array)
         self._staged[key] = call
         self._unsent.append(call)
         self._advance()
@@ -108,8 +120,16 @@ class SharedStaging:
         if call in self._unsent:
             self._unsent.remove(call)
         elif call.array is None:  # it was sent
-            self._unsent.append(_Call(ImageCall(key)))
+            last = self._unsent[-1] if self._unsent else None
+            if last is None or not 0 < len(last.forget) < _MOST_FORGOTTEN:
+                self._unsent.append(last := _Call())
+            last.forget.append(key)
         self._advance()
+
+    def advance(self) -> None:
+        """Sends what waits for room; for whoever has nothing to stage, and does not poll."""
+        if self._unsent:
+            self._advance()
 
     def wait(self, timeout_s: float) -> None:
         """Until `poll` may have something to tell, or so long."""
@@ -133,30 +153,34 @@ class SharedStaging:
             answers.extend(_received(connection))
         while self._unanswered and all(self._answers):
             self._end(self._unanswered.popleft(), [answers.popleft().cause for answers in self._answers])
+        num_images = sum(call.memory is not None for call in self._unanswered)
         while self._unsent and len(self._unanswered) < _WINDOW:
+            if self._unsent[0].array is not None:
+                if num_images == _IMAGES:
+                    break
+                num_images += 1
             self._send(self._unsent.popleft())
 
     def _end(self, call: _Call, causes: Sequence[str]) -> None:
         if call.memory is not None and len(self._free) < _KEPT:
             self._free.append(call.memory)
         call.memory = None
-        key = call.message.key
         error = next((f"rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause), None)
-        if self._staged.get(key) is call:
-            self._ended[key] = StagedImage(key, error)
-        elif error is not None and not call.message.kind:
-            _log.error("an image could not be unstaged: %s", error)
+        if self._staged.get(call.key) is call:
+            self._ended[call.key] = StagedImage(call.key, error)
+        elif error is not None and call.forget:
+            _log.error("images could not be unstaged: %s", error)
 
     def _send(self, call: _Call) -> None:
+        message = wire.encode(call.message())
         if call.array is not None:
             try:
                 memory = self._free.pop() if self._free else _Memory()
                 memory.write(call.array)
             except OSError as error:
-                self._ended[call.message.key] = StagedImage(call.message.key, describe(error))
+                self._ended[call.key] = StagedImage(call.key, describe(error))
                 return
             call.array, call.memory = None, memory
-        message = wire.encode(call.message)
         descriptors = [] if call.memory is None else [call.memory.descriptor]
         try:
             for connection in self._connections:

@@ -73,6 +73,9 @@ class ImageStaging:
         self._arriving.pop(key, None)
         self._sender.submit(self._withdraw, key, sent)
 
+    def advance(self) -> None:
+        """Nothing: the sender goes on by itself."""
+
     def wait(self, timeout_s: float) -> None:
         """Until `poll` may have something to tell, or so long."""
         self._news.wait(timeout_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +104,20 @@ def test_a_call_that_ends_before_all_are_connected_is_told(say: Say, method: str
     assert not os.path.exists(Path(paths[0]).parent)
     for rank in ranks:
         ray.kill(rank)
+
+
+def test_a_long_folder_for_temporary_files_is_no_hindrance(
+    tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket's path must be shorter."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+    def begin(path: str, token: str) -> list[Any]:
+        say(path, wire.encode(Hello(0, token)))
+        return [Rank.remote().stay.remote()]
+
+    (connection,) = connect(begin)
+    connection.close()
+    assert list(folder.iterdir()) == []

@@ -154,10 +154,11 @@ def test_an_image_for_which_there_is_no_memory_is_reported_and_leaves(
     pair.executor.unstage("big")
 
 
-def test_to_ranks_on_another_machine_images_go_through_ray(
-    make_ray_executor: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_here", [False, True])
+def test_to_ranks_on_another_machine_and_where_python_makes_no_nameless_memory_images_go_through_ray(
+    make_ray_executor: Make, monkeypatch: pytest.MonkeyPatch, is_here: bool
 ) -> None:
-    monkeypatch.setattr(placement, "is_here", lambda group: False)
+    monkeypatch.setattr(placement, "is_here", lambda group: is_here)
     monkeypatch.delattr(os, "memfd_create")
     executor = make_ray_executor(2)
     executor.start()

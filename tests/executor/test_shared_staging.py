@@ -200,6 +200,28 @@ def test_one_that_is_forgotten_on_its_way_is_not_reported(make: Make) -> None:
     assert ray.get(actors[0].facts.remote()) == {"a": told(PIXELS + np.uint8(1))}
 
 
+def test_all_that_is_to_be_forgotten_is_though_no_image_comes_and_nobody_polls(make: Make) -> None:
+    staging, actors = make(2)
+    keys = [str(number) for number in range(300)]
+    small = np.ones((1, 3, 2, 2), np.uint8)
+    for key in keys:
+        staging.stage(key, "coded_pixels", small)
+    assert len(staged(staging, len(keys))) == len(keys)
+    pid = ray.get(actors[1].pid.remote())
+    stop(pid)
+    try:
+        for key in keys:
+            staging.unstage(key)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    end = time.monotonic() + 20
+    while ray.get([actor.facts.remote() for actor in actors]) != [{}, {}]:
+        assert time.monotonic() < end, "images are still there"
+        staging.advance()
+    histories = ray.get([actor.history.remote() for actor in actors])
+    assert histories == [[f"{sign}{key}" for sign in "+-" for key in keys]] * 2
+
+
 def test_a_wait_without_news_ends_at_its_time(make: Make) -> None:
     staging, _ = make(2)
     began = time.monotonic()

@@ -11,6 +11,13 @@ from dist_vlm.workers.serve import Hello
 from dist_vlm.workers.take_images import MESSAGE_BYTES, ImageAnswer, ImageCall, take_images
 
 
+def link(name):
+    try:
+        return os.readlink(f"/proc/self/fd/{name}")
+    except OSError:
+        return ""
+
+
 class Rig:
     """The driver's end of a rank that keeps images, and takes none of the kind "bad"."""
 
@@ -19,6 +26,9 @@ class Rig:
         self.held = {}
 
     def stage(self, key, kind, array):
+        self.inherited = [
+            name for name in os.listdir("/proc/self/fd") if "memfd:sent" in link(name) and os.get_inheritable(int(name))
+        ]
         if kind == "bad":
             raise RankError(3, "stage", "ValueError: no " + "room" * 10_000)
         self.held[key] = (kind, array)
@@ -29,7 +39,7 @@ class Rig:
     def ask(self, message, data=None):
         descriptors = []
         if data is not None:
-            descriptors.append(os.memfd_create("image"))
+            descriptors.append(os.memfd_create("sent"))
             os.write(descriptors[0], data)
         socket.send_fds(self.connection, [message], descriptors)
         for descriptor in descriptors:
@@ -71,7 +81,8 @@ def test_an_image_is_taken_and_forgotten(rig, dtype):
     assert not taken.flags.writeable
     np.testing.assert_array_equal(taken, array)
     assert open_descriptors() == before
-    assert rig.ask(wire.encode(ImageCall("a"))) == ""
+    assert rig.inherited == [], "of what is read, no process that starts meanwhile has a part"
+    assert rig.ask(wire.encode(ImageCall(forget=("a",)))) == ""
     assert rig.held == {}
 
 
@@ -80,9 +91,9 @@ def test_an_image_is_taken_and_forgotten(rig, dtype):
     [
         (wire.encode(ImageCall("a", "bad", "uint8", (2,))), b"12", "ValueError: no room"),
         (wire.encode(ImageCall("a", "pixel_values", "uint8", (3,))), b"12", "WireError: 2 bytes of an image of 3"),
-        (wire.encode(ImageCall("a", "pixel_values", "uint8", (3,))), None, "IndexError"),
+        (wire.encode(ImageCall("a", "pixel_values", "uint8", (3,))), None, "WireError: no descriptor came"),
         (wire.encode(ImageCall("a", "pixel_values", "no type", (3,))), b"123", "TypeError"),
-        (wire.encode(ImageCall("a")), None, "KeyError"),
+        (wire.encode(ImageCall(forget=("a",))), None, "KeyError"),
         (b"nonsense", b"12", "WireError"),
     ],
 )
@@ -93,3 +104,10 @@ def test_what_goes_wrong_is_answered_and_the_next_is_taken(rig, message, data, c
     assert open_descriptors() == before
     assert rig.ask(wire.encode(ImageCall("b", "pixel_values", "uint8", (2,))), b"12") == ""
     assert list(rig.held) == ["b"]
+
+
+def test_one_that_cannot_be_forgotten_keeps_none_of_the_others(rig):
+    for key in ("a", "b"):
+        assert rig.ask(wire.encode(ImageCall(key, "pixel_values", "uint8", (2,))), b"12") == ""
+    assert "KeyError" in rig.ask(wire.encode(ImageCall(forget=("a", "unknown", "b"))))
+    assert rig.held == {}
