@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
 from dist_vlm.kernels.new_tokens_triton import NO_NEW_TOKENS, NewTokens, take_new, turned
-from dist_vlm.kernels.paged_plan_triton import VARYING, TritonPlan
+from dist_vlm.kernels.paged_plan_triton import VARYING, DecodeSet, TritonPlan
 
 # Programs that fill a GPU when it decodes; parts are added until the batch has as many.
 _WANTED_PROGRAMS = 528
@@ -82,20 +82,26 @@ def attend_singles(
         **launch_early(),
     )
     if parts > 1:
-        _join_kernel[(heads, num_seqs)](
-            partial,
-            out,
-            decodes.contexts if decodes.tokens is None else decodes.tokens,
-            1 if decodes.tokens is None else decodes.tokens.stride(0),
-            parts,
-            first_rows=decodes.tokens is None,
-            heads=heads,
-            parts_wide=_MAX_PARTS,
-            head_dim=head_dim,
-            wide=wide,
-            num_warps=2,
-            **launch_early(),
-        )
+        _join(partial, out, decodes)
+
+
+def _join(partial: Tensor, out: Tensor, decodes: DecodeSet) -> None:
+    """partial: float32 [N, heads, parts, D + 2], of each part its sum, its highest score and its weight."""
+    num_seqs, heads, parts, numbers = partial.shape
+    _join_kernel[(heads, num_seqs)](
+        partial,
+        out,
+        decodes.contexts if decodes.tokens is None else decodes.tokens,
+        1 if decodes.tokens is None else decodes.tokens.stride(0),
+        parts,
+        first_rows=decodes.tokens is None,
+        heads=heads,
+        parts_wide=_MAX_PARTS,
+        head_dim=numbers - 2,
+        wide=triton.next_power_of_2(max(16, numbers - 2)),
+        num_warps=2,
+        **launch_early(),
+    )
 
 
 def num_parts(num_programs: int) -> int:
