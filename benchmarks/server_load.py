@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from server_process import ServerProcess, add_server_flags, machine, memory_of, server_flags
-from server_requests import Fork, Outcome, Question, ask_all, make_question, percentiles_ms
+from server_requests import GET_HEALTH, Fork, Outcome, Question, ask_all, make_question, percentiles_ms
 
 SIZE = (1024, 768)
 # Deviation of a colour: about that of a small camera.
@@ -36,7 +36,6 @@ WARM_UP_REQUESTS = 16
 TARGET_RATIO = 5.0
 # The clients' processes give way to the server's.
 NICENESS = 10
-GET_HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
 def poll_health(stop: Connection, port: int, interval_s: float, limit_s: float) -> dict[str, list[float]]:

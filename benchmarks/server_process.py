@@ -160,11 +160,14 @@ def memory_of(pid: int) -> dict[str, int]:
 
 
 def gpu_memory() -> dict[str, int]:
-    """ "gpu 0" -> bytes in use, of whatever process, in MiB; of each GPU that the driver lists. Empty without one."""
+    """ "gpu 0" -> bytes in use, of whatever process, in MiB; of each GPU that the driver lists and CUDA_VISIBLE_DEVICES
+    lets this process use. Empty without one."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return {}
     words = [smi, "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        words.append(f"--id={visible}")
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     rows = (line.split(",") for line in done.stdout.splitlines())
     return {f"gpu {int(index)}": int(mib) << 20 for index, mib in rows}

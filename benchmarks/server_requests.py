@@ -32,6 +32,7 @@ from examples.demo.shapes import sample_scene
 
 _FORK = multiprocessing.get_context("fork")
 _JPEG_QUALITY = 90
+GET_HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Client:
         began = time.perf_counter()
         try:
             async with asyncio.timeout(self._timeout_s):
-                status, parts = await self._exchange(question.body)
+                status, parts = await self.exchange(question.body)
         except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:  # a TimeoutError is an OSError
             await self.close()
             return Outcome(question.name, f"{type(error).__name__}: {error}")
@@ -114,8 +115,8 @@ class Client:
             with suppress(OSError):
                 await writer.wait_closed()
 
-    async def _exchange(self, body: bytes) -> tuple[int, list[tuple[float, bytes]]]:
-        """The status, and each part of the answer with the time when it had come."""
+    async def exchange(self, body: bytes) -> tuple[int, list[tuple[float, bytes]]]:
+        """body: the HTTP request, whole. The status, and each part of the answer with the time when it had come."""
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._streams

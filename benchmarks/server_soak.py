@@ -2,7 +2,9 @@
 the longest time in which no client heard anything. Prints JSON.
 
 Every request is about another picture. The slope is that of a line through the memory over the number of requests
-answered (least squares), without the first ones, in which caches and heaps fill.
+answered (least squares), without the first ones, in which caches and heaps fill. Beside the clients /health is asked
+for all the time: a stall in which it was late to be sent is the clients' own, one in which its answer was late is the
+server's front, and any other the engine's or its ranks'.
 
     python benchmarks/server_soak.py
     python benchmarks/server_soak.py --executor ray --ranks 2 --out result.json
@@ -30,12 +32,13 @@ from pathlib import Path
 from typing import Any
 
 from server_process import ServerProcess, add_server_flags, gpu_memory, machine, memory_of, server_flags
-from server_requests import Client, Question, make_question, percentiles_ms
+from server_requests import GET_HEALTH, Client, Question, make_question, percentiles_ms
 
 NOISE = 4.0
 KINDS = ("rss", "pss", "uss")
 TARGET_BYTES = 1024
 TARGET_STALL_S = 1.0
+PROBE_S = 0.05
 # The clients' process gives way to the server's.
 NICENESS = 10
 
@@ -49,6 +52,9 @@ HELD = re.compile(
 Sample = tuple[int, dict[str, int]]
 """The number of requests answered, and the memory that a process then had."""
 
+Moment = tuple[float, float]
+"""Seconds that something took, and when it began, of `time.perf_counter()`."""
+
 
 class Soak:
     """Clients that share one line of questions, and a look at the memory after each `every` answers."""
@@ -61,6 +67,8 @@ class Soak:
         self.gpu_samples: dict[str, list[tuple[int, int]]] = {}
         self.news: list[float] = []
         self.counts_from = 0.0
+        self.lateness: list[Moment] = []
+        self.health: list[Moment] = []
         self.held: list[dict[str, int]] = []
         self.problems: list[str] = []
         self.total_s: list[float] = []
@@ -75,7 +83,9 @@ class Soak:
         self.news.append(time.perf_counter())
         self._end = self.news[0] + (math.inf if arguments.seconds is None else arguments.seconds)
         async with asyncio.timeout(arguments.limit_s):
+            probing = asyncio.create_task(self._probe())
             await asyncio.gather(*(self._client() for _ in range(arguments.clients)))
+            probing.cancel()
         if not self.counts_from:
             raise RuntimeError(f"{len(self.total_s)} requests were answered: must be more than --skip")
 
@@ -111,6 +121,19 @@ class Soak:
                     await self._look()
         finally:
             await self._wave.abort()  # whoever waits for this one
+            await client.close()
+
+    async def _probe(self) -> None:
+        client = Client(self._server.port, timeout_s=self._arguments.timeout_s)
+        try:
+            while True:
+                due = time.perf_counter() + PROBE_S
+                await asyncio.sleep(PROBE_S)
+                sent = time.perf_counter()
+                await client.exchange(GET_HEALTH)
+                self.lateness.append((sent - due, due))
+                self.health.append((time.perf_counter() - sent, sent))
+        finally:
             await client.close()
 
     async def _look(self) -> None:
@@ -190,11 +213,31 @@ def gpus_met(gpus: Mapping[str, dict[str, Any]]) -> dict[str, bool]:
     return {f"slope of GPU memory under {TARGET_BYTES} bytes a request": is_met} if gpus else {}
 
 
-def longest_stalls(news: Sequence[float], *, since: float, count: int = 20) -> list[dict[str, float]]:
-    """The longest times in which nobody heard anything, and when after `since` each began, those before it left out."""
-    ordered = sorted(news)
-    pairs = [(after - before, before - since) for before, after in itertools.pairwise(ordered) if before >= since]
-    return [{"ms": round(1e3 * gap, 1), "at_s": round(at, 1)} for gap, at in sorted(pairs, reverse=True)[:count]]
+def longest_stalls(
+    news: Sequence[float],
+    *,
+    since: float,
+    lateness: Sequence[Moment] = (),
+    health: Sequence[Moment] = (),
+    count: int = 20,
+) -> list[dict[str, float]]:
+    """The longest times in which nobody heard anything, and when after `since` each began, those before it left out;
+    how late the clients' process was in it at most, and the longest answer of /health."""
+    pairs = [(after - before, before) for before, after in itertools.pairwise(sorted(news)) if before >= since]
+    return [
+        {
+            "ms": round(1e3 * gap, 1),
+            "at_s": round(at - since, 1),
+            "clients_late_ms": _longest_ms(lateness, at, at + gap),
+            "health_ms": _longest_ms(health, at, at + gap),
+        }
+        for gap, at in sorted(pairs, reverse=True)[:count]
+    ]
+
+
+def _longest_ms(moments: Sequence[Moment], start: float, end: float) -> float:
+    """Of those that were under way between start and end; 0 without any."""
+    return round(1e3 * max((took for took, at in moments if at < end and at + took > start), default=0.0), 1)
 
 
 def report(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -205,7 +248,7 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
         began = time.monotonic()
         asyncio.run(soak.run())
         seconds = time.monotonic() - began
-    stalls = longest_stalls(soak.news, since=soak.counts_from)
+    stalls = longest_stalls(soak.news, since=soak.counts_from, lateness=soak.lateness, health=soak.health)
     gpus = {name: gpu_growth(samples, skip=arguments.skip) for name, samples in soak.gpu_samples.items()}
     part = max(arguments.every, len(soak.total_s) // 5)
     processes = {name: growth(samples, skip=arguments.skip, part=part) for name, samples in soak.samples.items()}

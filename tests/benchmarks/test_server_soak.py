@@ -9,8 +9,18 @@ def test_the_longest_stalls_are_those_of_all_clients_together_and_not_before_the
     # Of two clients, one after the other: between 3 and 7 the first one heard something at 5.
     news = [0.0, 2.9, 3.0, 7.0, 7.5, 5.0, 7.2]
     found = server_soak.longest_stalls(news, since=3.0, count=3)
-    assert found == [{"ms": 2000, "at_s": 2.0}, {"ms": 2000, "at_s": 0.0}, {"ms": 300, "at_s": 4.2}]
-    assert server_soak.longest_stalls(news, since=0.0, count=1) == [{"ms": 2900, "at_s": 0.0}]
+    assert [(stall["ms"], stall["at_s"]) for stall in found] == [(2000, 2.0), (2000, 0.0), (300, 4.2)]
+    (found,) = server_soak.longest_stalls(news, since=0.0, count=1)
+    assert (found["ms"], found["at_s"]) == (2900, 0.0)
+
+
+def test_a_stall_tells_who_else_was_late_in_it() -> None:
+    news = [0.0, 1.0, 2.0, 6.0]
+    lateness = [(0.5, 0.2), (0.1, 1.95), (0.3, 5.9), (9.0, 6.1)]
+    health = [(3.0, 2.5), (4.0, 7.0)]
+    stalls = server_soak.longest_stalls(news, since=0.0, lateness=lateness, health=health, count=3)
+    told = [(stall["at_s"], stall["clients_late_ms"], stall["health_ms"]) for stall in stalls]
+    assert told == [(2.0, 300, 3000), (1.0, 100, 0), (0.0, 500, 0)]
 
 
 def test_the_growth_of_a_gpu_is_a_slope_without_the_first_requests() -> None:
