@@ -14,6 +14,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _WARP = 32
 _NVIDIA = "triton.backends.nvidia.driver"
@@ -151,6 +152,8 @@ def _parameters(kernel: Any) -> tuple[tuple[str, ...], frozenset[str], frozenset
 
 def _kind(value: Any, is_specialised: bool) -> Hashable:
     """What Triton looks at in an argument."""
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, tuple(value.block_shape)
     if hasattr(value, "data_ptr"):
         return value.dtype, is_specialised and value.data_ptr() % 16 == 0
     if isinstance(value, int) and not isinstance(value, bool):

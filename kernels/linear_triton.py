@@ -6,21 +6,19 @@ the memory's speed where that was measured; the others are torch's.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dist_vlm.kernels.early_start_triton import await_previous, launch_early, launch_late, start_next
+from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
+from dist_vlm.kernels.few_rows_triton import MAX_ROWS, few_rows, takes, tiles_for
 
 # Numbers of a row read together: with 4 warps, 16 bytes of bfloat16 a thread.
 _TILE = 1024
 # Outputs of a program, where a few long rows are to be read, and where many or short ones.
 _OUTPUTS_OF_FEW, _OUTPUTS = 8, 4
 _FEW_OUTPUTS, _LONG_ROW = 4096, 4096
-# Most rows that the kernel for few has: the least that matrix units multiply.
-MAX_ROWS = 16
 
 
 def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,19 +30,9 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if num_rows == 1:
         return _one_row(x, weight, bias)
-    tiles = _few_rows_tiles(out_features, in_features)
-    return F.linear(x, weight, bias) if tiles is None else _few_rows(x, weight, bias, *tiles)
-
-
-def _few_rows_tiles(out_features: int, in_features: int) -> tuple[int, int, int] | None:
-    """Outputs of a program, numbers read together and stages; None where torch is as fast.
-
-    By benchmarks/results/2026-11-25-h100-tuning.json, which knows a 7B model's shapes on an H100; measure others with
-    `benchmarks/kernels/few_rows.py`.
-    """
-    if out_features * in_features <= 2**24:
-        return 32, 256, 5
-    return (64, 128, 3) if out_features >= 2**14 else None
+    return (
+        few_rows(x, weight, bias, tiles_for(num_rows, out_features)) if takes(x, weight) else F.linear(x, weight, bias)
+    )
 
 
 def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,29 +52,6 @@ def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tile=tile,
         num_warps=max(1, tile // 256),
         **launch_early(),
-    )
-    return out
-
-
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, tile: int, stages: int) -> Tensor:
-    out_features, in_features = weight.shape
-    out = x.new_empty((*x.shape[:-1], out_features))
-    _few_rows_kernel[(triton.cdiv(out_features, outputs),)](
-        x,
-        weight,
-        bias,
-        out,
-        weight.stride(0),
-        x.numel() // in_features,
-        out_features,
-        in_features=in_features,
-        rows=MAX_ROWS,
-        outputs=outputs,
-        tile=tile,
-        stages=stages,
-        precision="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        **launch_late(),
     )
     return out
 
@@ -123,43 +88,3 @@ def _one_row_kernel(
     if bias is not None:
         result += tl.load(bias + row, mask=row < out_features, other=0.0).to(tl.float32)
     tl.store(out + row, result.to(out.dtype.element_ty), mask=row < out_features)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _few_rows_kernel(
-    x,
-    weight,
-    bias,
-    out,
-    stride,
-    num_rows,
-    out_features,
-    in_features: tl.constexpr,
-    rows: tl.constexpr,
-    outputs: tl.constexpr,
-    tile: tl.constexpr,
-    stages: tl.constexpr,
-    precision: tl.constexpr,
-    early: tl.constexpr = False,
-):
-    start_next(early)
-    output = tl.program_id(0) * outputs + tl.arange(0, outputs)
-    await_previous(early)
-    row = tl.arange(0, rows)
-    column = tl.arange(0, tile)
-    # The weight stands on the left: its rows are many, and those of x the few that the matrix units want on the right.
-    acc = tl.zeros((outputs, rows), tl.float32)
-    weights = weight + output[:, None].to(tl.int64) * stride + column[None, :]
-    numbers = x + row[:, None] * in_features + column[None, :]
-    for start in tl.range(0, in_features, tile, num_stages=stages):
-        weight_mask, mask = (output < out_features)[:, None], (row < num_rows)[:, None]
-        if in_features % tile != 0:
-            inside = (start + column < in_features)[None, :]
-            weight_mask, mask = weight_mask & inside, mask & inside
-        left = tl.load(weights + start, mask=weight_mask, other=0.0)
-        right = tl.load(numbers + start, mask=mask, other=0.0)
-        acc = tl.dot(left, tl.trans(right), acc, input_precision=precision)
-    if bias is not None:
-        acc += tl.load(bias + output, mask=output < out_features, other=0.0).to(tl.float32)[:, None]
-    place = out + row[None, :] * out_features + output[:, None]
-    tl.store(place, acc.to(out.dtype.element_ty), mask=(row < num_rows)[None, :] & (output < out_features)[:, None])

@@ -40,7 +40,7 @@ from dist_vlm.workers.short_steps import ShortSteps
 from dist_vlm.workers.slots import SlotTable
 
 _DEVICE = torch.device("meta")
-# A kernel takes about half a second, a rank some twenty of them.
+# A kernel takes from a tenth of a second to two, and a rank some forty of them.
 _MAX_PROCESSES = 6
 _PROMPT_TOKENS = 300
 

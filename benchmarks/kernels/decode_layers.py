@@ -135,7 +135,7 @@ def measure(ranks: int, batch: int, context: int, rate: float) -> dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="(1 2 4 8)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 8, 16, 64], help="(1 2 8 16 64)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64], help="(1 2 8 16 32 64)")
     parser.add_argument("--context", type=int, default=128, help="positions of a sequence (128)")
     parser.add_argument("--commit", help="where the tree is no checkout")
     parser.add_argument("--out", type=Path, help="also write the figures to this file, as JSON")

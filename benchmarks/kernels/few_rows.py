@@ -1,4 +1,4 @@
-"""Times `linear_triton` against torch's product for 1 to 16 rows, beside the time in which the weight could be read.
+"""Times `linear_triton` against torch's product for 1 to 64 rows, beside the time in which the weight could be read.
 
     python benchmarks/kernels/few_rows.py --out few_rows.json
 
@@ -29,7 +29,7 @@ SHAPES = {
     "down": (4096, 11008),
     "head": (32064, 4096),
 }
-ROWS = (1, 2, 8, 16)
+ROWS = (1, 2, 8, 16, 32, 64)
 CALLS = 16
 # More than any L2 cache holds.
 WEIGHTS_BYTES = 1 << 30

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from dist_vlm.kernels.linear_triton import _few_rows, _few_rows_tiles, linear_triton
+from dist_vlm.kernels.linear_triton import linear_triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -21,29 +21,6 @@ def test_one_row_is_the_float32_product(device, out_features, in_features, dtype
     actual = linear_triton(x.to(device), weight.to(device), None if bias is None else bias.to(device))
     assert actual.dtype == dtype and actual.shape == (1, out_features)
     torch.testing.assert_close(actual.cpu().double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(
-    ("num_rows", "out_features", "in_features"), [(2, 7, 33), (16, 64, 300), (5, 100, 512), (3, 2**14 + 3, 130)]
-)
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_few_rows_are_the_float32_product(device, num_rows, out_features, in_features, dtype, has_bias) -> None:
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(num_rows, in_features, generator=generator).to(dtype)
-    weight = (torch.randn(out_features, in_features, generator=generator) / in_features**0.5).to(dtype)
-    bias = torch.randn(out_features, generator=generator).to(dtype) if has_bias else None
-    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    tiles = _few_rows_tiles(out_features, in_features)
-    assert tiles is not None
-    actual = _few_rows(x.to(device), weight.to(device), None if bias is None else bias.to(device), *tiles)
-    torch.testing.assert_close(actual.cpu().double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-def test_both_kinds_of_few_rows_are_met() -> None:
-    """In a 7B model: the attention's output, then gate and up; query, key and value, and down, are torch's."""
-    sizes = [(4096, 4096), (22016, 4096), (12288, 4096), (4096, 11008)]
-    assert [_few_rows_tiles(*size) for size in sizes] == [(32, 256, 5), (64, 128, 3), None, None]
 
 
 def test_rows_of_a_greater_matrix(device) -> None:

@@ -153,7 +153,7 @@ def test_the_launches_of_a_great_model(facts_7b: Path, world_size: int) -> None:
     prefills = [launch for launch in launches if launch.kernel.fn.__name__ == "_prefill_kernel"]
     # Of short steps and of long ones.
     assert {launch.options["positions"] for launch in prefills} == {64, 32}
-    assert len(launches) < 36, "a start would take too long"
+    assert len(launches) < 64, "a start would take too long"
     held = [x for launch in launches for x in launch.arguments if isinstance(x, Tensor)]
     assert {x.device.type for x in held} == {"meta"}
 
