@@ -104,7 +104,10 @@ def run(arguments: argparse.Namespace) -> None:
     loaded = load_config(arguments.config, config_flags(arguments))
     configs = rank_configs(loaded, arguments.ranks or (loaded.config.parallel.tensor_parallel_size,))
     _check_servable(configs[0])
+    from dist_vlm.launch.reference import release_memory
+
     answers, tolerance = _reference(configs[0], arguments)
+    release_memory(arguments.reference_device)
     own = f"; transformers itself in {configs[0].model.dtype} differs by {tolerance / 2:.2g}"
     measured = arguments.tolerance is None and configs[0].model.dtype != "float32"
     print(f"{configs[0].model.model} in {configs[0].model.dtype}: tolerance {tolerance:.2g}{own if measured else ''}")

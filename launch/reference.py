@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,13 @@ class Reference:
         if self._chat.has_template:
             return chat_turn(self._chat, probe.question, num_pictures=len(probe.pictures))[0]
         return "".join(f"{self._processor.image_token}\n" for _ in probe.pictures) + probe.question
+
+
+def release_memory(device: str) -> None:
+    """Gives back what a `Reference` that nobody holds any more took: on its GPU ranks may start."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _full_float32() -> Any:

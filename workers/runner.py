@@ -18,6 +18,7 @@ from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.computed import NOT_FINITE, SLOT_FAILURES, UNPACKABLE, UNSAMPLED, Computed, LaunchedStep
 from dist_vlm.workers.config import LoadReport, RankConfig
 from dist_vlm.workers.decode import Decoded, Decoder
+from dist_vlm.workers.free_memory import await_release, check_room
 from dist_vlm.workers.halves import Beside, Halves, cut
 from dist_vlm.workers.kv_cache import KVCache, block_bytes
 from dist_vlm.workers.memory import encoder_batch_images, kv_cache_bytes
@@ -78,6 +79,8 @@ class Runner:
     def load(self) -> LoadReport:
         """Builds the shard and the vision encoder and fills them. Raises `CheckpointError` on a bad checkpoint."""
         self.preload(self.config)
+        if self.device.type == "cuda":
+            await_release(self.config)
         self._certify()
         began, peak = time.perf_counter_ns(), PeakMemory(self.device)
         self.language = self.family.build_language(
@@ -138,7 +141,10 @@ class Runner:
 
     @torch.inference_mode()
     def allocate(self, num_blocks: int) -> None:
-        """Allocates the KV cache, the same number of blocks on every rank, and records what steps repeat."""
+        """Allocates the KV cache, the same number of blocks on every rank, and records what steps repeat. Raises
+        `MemoryError` on a GPU that has no room for them."""
+        if self.device.type == "cuda":
+            check_room(num_blocks * block_bytes(**self._cache_shape(), dtype=self.dtype), self.config)
         self.kv_cache = KVCache.allocate(
             num_blocks=num_blocks, dtype=self.dtype, device=self.device, **self._cache_shape()
         )

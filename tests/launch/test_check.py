@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import faulty_ranks
 import pytest
+import torch
 
 from dist_vlm.config import EngineConfig
 from dist_vlm.config_load import load_config
@@ -18,8 +20,9 @@ from dist_vlm.executor.base import Executor
 from dist_vlm.executor.inline import InlineExecutor
 from dist_vlm.executor.ray import RayExecutor
 from dist_vlm.executor.ray_cluster import RayCluster
-from dist_vlm.launch import check, cli
+from dist_vlm.launch import check, cli, reference
 from dist_vlm.launch.check import rank_configs
+from dist_vlm.launch.reference import Reference
 from dist_vlm.llm import LLM
 from dist_vlm.workers.models import read_spec
 
@@ -174,6 +177,42 @@ def test_sixteen_bits_are_held_to_what_transformers_loses_in_them(
     # A bfloat16 product is off by about 2**-9 of itself; logits here are up to 25.
     assert 0.05 < checked.figures["tolerance"] < 2
     assert 0.01 < checked.runs[0]["max_difference"] <= checked.figures["tolerance"]
+
+
+def test_ranks_start_when_transformers_model_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one GPU both would not fit."""
+    make, release, start = Reference.__init__, reference.release_memory, LLM.from_config
+    models, events = [], []
+
+    def made(self: Reference, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        models.append(weakref.ref(self._model))
+
+    def released(device: str) -> None:
+        release(device)
+        events.append("the model is gone" if models[0]() is None else "the model is there")
+
+    def started(config: EngineConfig) -> LLM:
+        events.append("ranks start")
+        return start(config)
+
+    monkeypatch.setattr(Reference, "__init__", made)
+    monkeypatch.setattr(reference, "release_memory", released)
+    monkeypatch.setattr(LLM, "from_config", started)
+    checked = Checked(tmp_path, capsys, "--executor", "inline", "--probes", "1")
+    assert checked.status == 0
+    assert events == ["the model is gone", "ranks start"]
+
+
+def test_the_memory_of_a_gpu_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    reference.release_memory("cpu")
+    assert calls == []
+    reference.release_memory("cuda")
+    assert calls == ["emptied"]
 
 
 def test_a_tolerance_that_is_given_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
