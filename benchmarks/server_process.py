@@ -162,11 +162,11 @@ def memory_of(pid: int) -> dict[str, int]:
 def gpu_memory() -> dict[str, int]:
     """ "gpu 0" -> bytes in use, of whatever process, in MiB; of each GPU that the driver lists and CUDA_VISIBLE_DEVICES
     lets this process use. Empty without one."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
+    smi, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if smi is None or (visible is not None and visible.split(",")[0].strip() in ("", "-1")):
         return {}
     words = [smi, "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if visible is not None:
         words.append(f"--id={visible}")
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     rows = (line.split(",") for line in done.stdout.splitlines())

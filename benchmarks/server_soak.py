@@ -124,14 +124,19 @@ class Soak:
             await client.close()
 
     async def _probe(self) -> None:
+        """Asks for /health all the time. What fails took its time too."""
         client = Client(self._server.port, timeout_s=self._arguments.timeout_s)
         try:
             while True:
                 due = time.perf_counter() + PROBE_S
                 await asyncio.sleep(PROBE_S)
                 sent = time.perf_counter()
-                await client.exchange(GET_HEALTH)
                 self.lateness.append((sent - due, due))
+                try:
+                    async with asyncio.timeout(self._arguments.timeout_s):
+                        await client.exchange(GET_HEALTH)
+                except (OSError, EOFError, ValueError):  # a TimeoutError is an OSError
+                    await client.close()
                 self.health.append((time.perf_counter() - sent, sent))
         finally:
             await client.close()

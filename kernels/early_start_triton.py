@@ -32,7 +32,7 @@ def launch_early() -> dict[str, bool]:
 
 def launch_late() -> dict[str, bool]:
     """Options of a kernel that lets the next one start early, and starts itself when the one before has ended: one
-    whose programs take so much of a processor's memory that they would be in the way."""
+    whose programs take so much of a multiprocessor's memory that they would be in the way."""
     return {name: value for name, value in launch_early().items() if name == "early"}
 
 

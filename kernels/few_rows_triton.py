@@ -29,7 +29,8 @@ _GENERATIONS = (9, 10)
 # Bytes that addresses and steps from row to row are multiples of.
 _ALIGNMENT = 16
 _DTYPES = (torch.bfloat16, torch.float16)
-_OUTPUTS = 64
+# Outputs of a program, and the programs that an H200 runs at once if each takes a multiprocessor.
+_OUTPUTS, _MULTIPROCESSORS = 64, 132
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +42,16 @@ class Tiles:
 
 
 def tiles_for(num_rows: int, out_features: int) -> Tiles:
-    """Where there are fewer programs than multiprocessors, each has much of the weight on its way. Of many programs
-    several fit into one multiprocessor, so that all run at once; with more rows fewer do.
+    """Where many multiprocessors are left without a program, each program has much of the weight on its way. Of many
+    programs two or three fit into one multiprocessor, so that all run at once; with more rows fewer do.
 
     Measured on an H200 in whole decode steps of a 7B model, at the share of 1, 2, 4 and 8 ranks up to 16 rows, of one
     rank beyond: benchmarks/results/2026-11-30-h200-few-rows.json.
     """
-    if out_features <= 88 * _OUTPUTS:
+    load = out_features / (_OUTPUTS * _MULTIPROCESSORS)
+    if load <= 2 / 3:
         return Tiles(256, 5) if num_rows <= 16 else Tiles(128, 8) if num_rows <= 32 else Tiles(128, 5)
-    if out_features <= 176 * _OUTPUTS or (num_rows > 32 and out_features > 264 * _OUTPUTS):
+    if load <= 4 / 3 or (num_rows > 32 and load > 2):
         return Tiles(128, 5)
     return Tiles(128, 3)
 
@@ -67,7 +69,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         return False
     aligned = (x.data_ptr() | weight.data_ptr()) % _ALIGNMENT == 0
     whole = (weight.shape[1] * x.itemsize) % _ALIGNMENT == 0 and (weight.stride(0) * x.itemsize) % _ALIGNMENT == 0
-    return aligned and whole and x.dtype in _DTYPES
+    return aligned and whole and weight.shape[0] > 0 and x.dtype in _DTYPES
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> Tensor:

@@ -154,7 +154,7 @@ def _max_pictures(config: EngineConfig) -> int:
 
 
 def _reference(config: EngineConfig, arguments: argparse.Namespace) -> tuple[list[ReferenceAnswer], float]:
-    """What transformers answers, and the tolerance. Its model is gone when this returns."""
+    """What transformers answers, and the tolerance. Nobody holds its model when this returns."""
     from tqdm import tqdm
 
     from dist_vlm.launch.probes import make_probes

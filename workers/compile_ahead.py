@@ -43,6 +43,8 @@ _DEVICE = torch.device("meta")
 # A kernel takes from a tenth of a second to two, and a rank some forty of them.
 _MAX_PROCESSES = 6
 _PROMPT_TOKENS = 300
+# Prompts so short that products have kernels of their own, by the power of two that their rows fit into.
+_FEW_TOKENS = (8, 16, 32, 64)
 
 
 class ShapesOnly(Communicator):
@@ -169,6 +171,10 @@ class _Rehearsal:
             if step:
                 self._run_plain(step)
         for piece in (prompt, *singles):
+            self._slots.release(piece.slot)
+        for count in _FEW_TOKENS:
+            piece = self._slice(0, min(count, config.max_model_len, config.max_num_batched_tokens))
+            self._run_plain([piece])
             self._slots.release(piece.slot)
         self._run_plain(self._longest())
 

@@ -91,12 +91,21 @@ def recorded_bytes(spec: ModelSpec, config: RankConfig, dtype: torch.dtype) -> i
     return step + images
 
 
-def kv_cache_bytes(
+def arena_bytes(
     spec: ModelSpec, config: RankConfig, dtype: torch.dtype, workspace_bytes: int, *, is_recorded: bool = False
 ) -> int:
-    """Bytes of this rank's KV cache: as configured, or on a GPU what its share of the memory leaves.
+    """Upper bound of what a rank allocates beside weights, KV cache and the collectives' buffers.
 
     is_recorded: whether steps and encodings are recorded, see `recorded_bytes`.
+    """
+    arena = activation_bytes(spec, config, dtype) + image_bytes(spec, config, dtype) + workspace_bytes
+    return arena + (recorded_bytes(spec, config, dtype) if is_recorded else 0)
+
+
+def kv_cache_bytes(config: RankConfig, arena: int) -> int:
+    """Bytes of this rank's KV cache: as configured, or on a GPU what its share of the memory leaves.
+
+    arena: see `arena_bytes`.
     """
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes
@@ -104,9 +113,6 @@ def kv_cache_bytes(
         raise ValueError("kv_cache_bytes = None: a CPU rank needs a number of bytes")
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     held = torch.cuda.memory_allocated()
-    arena = activation_bytes(spec, config, dtype) + image_bytes(spec, config, dtype) + workspace_bytes
-    if is_recorded:
-        arena += recorded_bytes(spec, config, dtype)
     if config.world_size > 1 and config.collectives != "group":
         arena += memory_bytes(PEER_CAPACITY)
     ranks_on_gpu = config.world_size if config.share_gpu else 1

@@ -18,10 +18,10 @@ from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.computed import NOT_FINITE, SLOT_FAILURES, UNPACKABLE, UNSAMPLED, Computed, LaunchedStep
 from dist_vlm.workers.config import LoadReport, RankConfig
 from dist_vlm.workers.decode import Decoded, Decoder
-from dist_vlm.workers.free_memory import await_release, check_room
+from dist_vlm.workers.free_memory import check_room
 from dist_vlm.workers.halves import Beside, Halves, cut
 from dist_vlm.workers.kv_cache import KVCache, block_bytes
-from dist_vlm.workers.memory import encoder_batch_images, kv_cache_bytes
+from dist_vlm.workers.memory import arena_bytes, encoder_batch_images, kv_cache_bytes
 from dist_vlm.workers.models import get_family, read_spec
 from dist_vlm.workers.open_collectives import settle
 from dist_vlm.workers.pack import Layout, PromptRows, lay_out, pack
@@ -79,8 +79,6 @@ class Runner:
     def load(self) -> LoadReport:
         """Builds the shard and the vision encoder and fills them. Raises `CheckpointError` on a bad checkpoint."""
         self.preload(self.config)
-        if self.device.type == "cuda":
-            await_release(self.config)
         self._certify()
         began, peak = time.perf_counter_ns(), PeakMemory(self.device)
         self.language = self.family.build_language(
@@ -112,7 +110,7 @@ class Runner:
             weight_bytes=(num_language + num_vision) * self.dtype.itemsize,
             peak_load_bytes=peak_bytes,
             kv_block_bytes=per_block,
-            num_blocks=self._kv_cache_bytes() // per_block,
+            num_blocks=kv_cache_bytes(self.config, self._arena_bytes()) // per_block,
             kernels=self.ops.names | {"all_reduce": self.comm.name},
             load_us=(time.perf_counter_ns() - began) // 1000,
         )
@@ -127,9 +125,9 @@ class Runner:
         certificate = Certificate.of_launch(self.config, self.spec, self.comm, dtype=self.dtype, device=self.device)
         settle(self.config, self.comm, opened, certificate.fault())
 
-    def _kv_cache_bytes(self) -> int:
+    def _arena_bytes(self) -> int:
         workspace, is_recorded = self.ops.workspace_bytes, self.ops.recorded is not None
-        return kv_cache_bytes(self.spec, self.config, self.dtype, workspace, is_recorded=is_recorded)
+        return arena_bytes(self.spec, self.config, self.dtype, workspace, is_recorded=is_recorded)
 
     def _cache_shape(self) -> dict[str, int]:
         return {
@@ -144,7 +142,8 @@ class Runner:
         """Allocates the KV cache, the same number of blocks on every rank, and records what steps repeat. Raises
         `MemoryError` on a GPU that has no room for them."""
         if self.device.type == "cuda":
-            check_room(num_blocks * block_bytes(**self._cache_shape(), dtype=self.dtype), self.config)
+            cache = num_blocks * block_bytes(**self._cache_shape(), dtype=self.dtype)
+            check_room(cache, self._arena_bytes(), self.config)
         self.kv_cache = KVCache.allocate(
             num_blocks=num_blocks, dtype=self.dtype, device=self.device, **self._cache_shape()
         )

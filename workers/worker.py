@@ -82,6 +82,11 @@ class Worker:
             if config.device == "cuda":
                 self._gpu = _gpu_ordinal()
             self._enter_thread()
+            if config.device == "cuda":
+                from dist_vlm.workers.free_memory import await_release
+
+                # Here the driver waits for all ranks; later they wait for one another.
+                await_release(config)
         if config.world_size == 1:
             self._comm = comm.single_rank()
             return __version__, 0

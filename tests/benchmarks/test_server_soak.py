@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import argparse
+import asyncio
+import contextlib
+import types
+
 import pytest
 import server_soak
 from server_requests import _outcome
@@ -21,6 +26,35 @@ def test_a_stall_tells_who_else_was_late_in_it() -> None:
     stalls = server_soak.longest_stalls(news, since=0.0, lateness=lateness, health=health, count=3)
     told = [(stall["at_s"], stall["clients_late_ms"], stall["health_ms"]) for stall in stalls]
     assert told == [(2.0, 300, 3000), (1.0, 100, 0), (0.0, 500, 0)]
+
+
+def test_health_is_asked_for_on_when_connections_are_lost() -> None:
+    """The server answers twice on each connection, and then closes it."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    async def probe() -> server_soak.Soak:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            arguments = argparse.Namespace(requests=0, max_tokens=[1], sizes=[(8, 8)], clients=1, timeout_s=5)
+            soak = server_soak.Soak(types.SimpleNamespace(port=port), arguments)
+            task = asyncio.create_task(soak._probe())
+            async with asyncio.timeout(30):
+                while len(soak.health) < 7:
+                    await asyncio.sleep(0.02)
+            assert not task.done()
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        return soak
+
+    soak = asyncio.run(probe())
+    assert len(soak.lateness) in (7, 8)
+    assert all(took < 5 for took, _ in soak.health)
 
 
 def test_the_growth_of_a_gpu_is_a_slope_without_the_first_requests() -> None:

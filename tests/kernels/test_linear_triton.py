@@ -33,3 +33,11 @@ def test_rows_of_a_greater_matrix(device) -> None:
 def test_other_shapes_are_those_of_torch(device, shape) -> None:
     x, weight, bias = (torch.randn(size, device=device) for size in (shape, (5, 12), (5,)))
     torch.testing.assert_close(linear_triton(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_bias_with_gaps_and_no_outputs(device, num_rows) -> None:
+    x, weight = torch.randn(num_rows, 16, device=device).half(), torch.randn(5, 16, device=device).half()
+    bias = torch.arange(10, device=device).half()[::2]
+    torch.testing.assert_close(linear_triton(x, weight, bias), F.linear(x, weight, bias), atol=1e-2, rtol=1e-2)
+    assert linear_triton(x, weight[:0], None).shape == (num_rows, 0)

@@ -73,7 +73,7 @@ def ops_of_a_gpu() -> OpSet:
     return dataclasses.replace(choose("triton", DEVICE), linear=linear_triton)
 
 
-def runner_of(model: Path, keys: set[tuple[str, str]]) -> Runner:
+def runner_of(model: Path, keys: set[tuple[str, str]], dtype: str) -> Runner:
     """Interpreted, a product takes too long: its launches are noted, and torch computes it."""
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,7 +82,7 @@ def runner_of(model: Path, keys: set[tuple[str, str]]) -> Runner:
         keys.update(key(launch) for launch in launches)
         return F.linear(x, weight, bias)
 
-    runner = Runner(rank_config(model, kernels="triton", device=DEVICE), single_rank())
+    runner = Runner(rank_config(model, kernels="triton", device=DEVICE, dtype=dtype), single_rank())
     runner.ops = dataclasses.replace(runner.ops, linear=linear)
     report = runner.load()
     runner.allocate(report.num_blocks)
@@ -120,13 +120,16 @@ def serve(runner: Runner) -> None:
         runner.launch(plan).result()
 
 
-def test_what_a_rank_launches_is_compiled_ahead(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "few_rows"), [("float32", set()), ("float16", {"_few_rows_kernel"})])
+def test_what_a_rank_launches_is_compiled_ahead(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, few_rows: set[str]
+) -> None:
     # So few that batches of this size are cut into parts, and others are not.
     monkeypatch.setattr(paged_decode_triton, "_WANTED_PROGRAMS", 4)
-    config = rank_config(tiny_checkpoint, kernels="triton", device="cuda")
+    config = rank_config(tiny_checkpoint, kernels="triton", device="cuda", dtype=dtype)
     ahead = {key(launch) for launch in launches_of(config, ops_of_a_gpu())}
     with noted() as launched:
-        serve(runner_of(tiny_checkpoint, launched))
+        serve(runner_of(tiny_checkpoint, launched, dtype))
     names = {name for name, _ in launched}
     assert {
         "_prefill_kernel",
@@ -135,7 +138,7 @@ def test_what_a_rank_launches_is_compiled_ahead(tiny_checkpoint: Path, monkeypat
         "_one_row_kernel",
         "_greedy_kernel",
         "_draw_kernel",
-    } <= names
+    } | few_rows <= names
     assert launched <= ahead, sorted(launched - ahead)
     assert len(ahead - launched) <= 4, sorted(ahead - launched)
 

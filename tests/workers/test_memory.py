@@ -8,9 +8,11 @@ from dist_vlm.kernels.choice import choose
 from dist_vlm.workers.comm import single_rank
 from dist_vlm.workers.memory import (
     activation_bytes,
+    arena_bytes,
     encoder_batch_images,
     image_bytes,
     kv_cache_bytes,
+    recorded_bytes,
     vision_arena_bytes,
 )
 from dist_vlm.workers.models import get_family, read_spec
@@ -26,13 +28,13 @@ def spec(facts_7b):
     return read_spec(str(facts_7b))
 
 
-def test_a_configured_size_is_taken_as_it_is(spec, facts_7b):
-    assert kv_cache_bytes(spec, rank_config(facts_7b, kv_cache_bytes=12345), torch.bfloat16, 0) == 12345
+def test_a_configured_size_is_taken_as_it_is(facts_7b):
+    assert kv_cache_bytes(rank_config(facts_7b, kv_cache_bytes=12345), 0) == 12345
 
 
-def test_a_cpu_rank_needs_a_size(spec, facts_7b):
+def test_a_cpu_rank_needs_a_size(facts_7b):
     with pytest.raises(ValueError, match="kv_cache_bytes = None"):
-        kv_cache_bytes(spec, rank_config(facts_7b, kv_cache_bytes=None), torch.bfloat16, 0)
+        kv_cache_bytes(rank_config(facts_7b, kv_cache_bytes=None), 0)
 
 
 def test_the_arena_of_a_7b_step_by_hand(spec, facts_7b):
@@ -134,7 +136,15 @@ def test_a_gpu_encodes_a_full_batch_within_the_arena(spec, facts_7b, dtype):
 def test_a_gpu_rank_gets_what_its_share_leaves(spec, facts_7b):
     config = rank_config(facts_7b, device="cuda", kv_cache_bytes=None, gpu_memory_utilization=0.5)
     total = torch.cuda.get_device_properties(0).total_memory
-    alone = kv_cache_bytes(spec, config, torch.bfloat16, 0)
+    alone = kv_cache_bytes(config, arena_bytes(spec, config, torch.bfloat16, 0))
     assert 0.4 * total < alone < 0.5 * total
     shared = dataclasses.replace(config, world_size=2, share_gpu=True)
-    assert kv_cache_bytes(spec, shared, torch.bfloat16, 0) < alone / 2 + (1 << 30)
+    assert kv_cache_bytes(shared, arena_bytes(spec, shared, torch.bfloat16, 0)) < alone / 2 + (1 << 30)
+
+
+def test_a_ranks_arena_by_hand(spec, facts_7b):
+    config = rank_config(facts_7b, max_num_batched_tokens=8192, max_num_seqs=256, feature_cache_tokens=32768)
+    parts = activation_bytes(spec, config, torch.bfloat16) + image_bytes(spec, config, torch.bfloat16)
+    assert arena_bytes(spec, config, torch.bfloat16, 1000) == parts + 1000
+    recorded = arena_bytes(spec, config, torch.bfloat16, 1000, is_recorded=True)
+    assert recorded == parts + 1000 + recorded_bytes(spec, config, torch.bfloat16) > parts + 1000
