@@ -18,7 +18,7 @@ demo: $(VENV)/.run-installed
 test: $(VENV)/.dev-installed
 	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Every point of the parity matrix on 64 prompts; `make test` runs a pairwise part on 6 to 12.
+# Every point of the parity matrix on 64 prompts; `make test` runs a pairwise part on 4 to 12.
 parity: $(VENV)/.dev-installed
 	@$(BIN)/pytest tests/parity --full-matrix
 

@@ -268,8 +268,7 @@ def test_each_rank_is_heard_while_it_lives_and_a_death_is_found_though_nobody_st
     assert len(executor.heard_at()) == 2
 
 
-@over_both
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("transport", "rank"), [("direct", 1), ("ray", 0), ("ray", 1)])
 def test_a_rank_killed_with_two_steps_in_flight_ends_collect_by_name(
     make_ray_executor: Make, rank: int, transport: str
 ) -> None:
