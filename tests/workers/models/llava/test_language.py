@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
+from dist_vlm.kernels import few_rows_triton
 from dist_vlm.kernels.choice import choose
+from dist_vlm.kernels.linear_triton import linear_triton
 from dist_vlm.workers.comm import single_rank
 from dist_vlm.workers.models import CheckpointError, get_family, read_spec
 
+from . import rig
 from .rig import CPU, IMAGE_ID, OPS, Driver, build_ranks, llava_config, random_model, random_tokens
 
 TOLERANCE = 1e-4
@@ -181,12 +186,35 @@ def test_unknown_rope_type_is_refused_by_name(tmp_path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpoint", [{}], ids=["gqa"], indirect=True)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.5)])
-def test_a_gpu_computes_what_the_cpu_does(checkpoint, dtype, tolerance) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float16, 0.1), (torch.bfloat16, 0.5)])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_gpu_computes_what_the_cpu_does(checkpoint, dtype, tolerance, kernels) -> None:
+    """Steps of 39, 17 and 2 rows."""
     path, model = checkpoint
-    ranks = build_ranks(path, dtype=dtype, device=torch.device("cuda"))
+    ranks = build_ranks(path, dtype=dtype, device=torch.device("cuda"), kernels=kernels)
     driver, tokens = Driver(ranks), random_tokens(37, seed=1)
     sequence, other = driver.sequence(tokens), driver.sequence(random_tokens(20, seed=2))
     parts = [driver.run([(other, 0, 9), (sequence, 0, 30)])[9:], driver.run([(other, 9, 10), (sequence, 30, 36)])[1:]]
     logits = torch.cat([*parts, driver.run([(sequence, 36, 37), (other, 10, 11)])[:1]]).cpu()
     torch.testing.assert_close(logits, expected_logits(model, tokens), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("checkpoint", [{}], ids=["gqa"], indirect=True)
+def test_products_of_few_rows_make_the_model(checkpoint, monkeypatch) -> None:
+    """In float16, all products by the kernels of a GPU, without one interpreted: steps of 39, 17 and 2 rows."""
+    path, model = checkpoint
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    calls = []
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert few_rows_triton.takes(x, weight)
+        calls.append(x.shape[0])
+        return linear_triton(x, weight, bias)
+
+    monkeypatch.setattr(rig, "choose", lambda *_: dataclasses.replace(choose("torch", device), linear=linear))
+    driver, tokens = Driver(build_ranks(path, dtype=torch.float16, device=device)), random_tokens(37, seed=1)
+    sequence, other = driver.sequence(tokens), driver.sequence(random_tokens(21, seed=2))
+    parts = [driver.run([(other, 0, 9), (sequence, 0, 30)])[9:], driver.run([(other, 9, 20), (sequence, 30, 36)])[11:]]
+    logits = torch.cat([*parts, driver.run([(sequence, 36, 37), (other, 20, 21)])[:1]]).cpu().float()
+    torch.testing.assert_close(logits, expected_logits(model, tokens), atol=0.1, rtol=0.1)
+    assert set(calls) == {39, 17, 2}
