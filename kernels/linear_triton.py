@@ -31,9 +31,9 @@ def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if num_rows == 1:
         return _one_row(x, weight, bias)
-    return (
-        few_rows(x, weight, bias, tiles_for(num_rows, out_features)) if takes(x, weight) else F.linear(x, weight, bias)
-    )
+    if takes(x, weight):
+        return few_rows(x, weight, bias, tiles_for(num_rows, out_features))
+    return F.linear(x, weight, bias)
 
 
 def _one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
