@@ -21,9 +21,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dist_vlm.kernels.early_start_triton import await_previous, launch_late, start_next
 from dist_vlm.kernels.triton_support import triton_interpreted
 
-MAX_ROWS = 64
-# The fewest that the matrix units multiply at once; a kernel is compiled for each power of two from there.
-_LEAST_ROWS = 8
+# Rows that a kernel is compiled for; matrix units multiply no fewer at once.
+ROW_SIZES = (8, 16, 32, 64)
+MAX_ROWS = ROW_SIZES[-1]
 # Compute capabilities 9.x and 10.x, which have the accelerator and 227 KiB of shared memory for a program.
 _GENERATIONS = (9, 10)
 # Bytes that addresses and steps from row to row are multiples of.
@@ -76,7 +76,7 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> Te
     """x: what `takes` takes, of 2 to 64 rows, contiguous. Returns x's leading axes and [out_features], of its dtype."""
     out_features, in_features = weight.shape
     num_rows = x.numel() // in_features
-    rows = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
+    rows = next(size for size in ROW_SIZES if size >= num_rows)
     out = x.new_empty((*x.shape[:-1], out_features))
     _few_rows_kernel[(triton.cdiv(out_features, _OUTPUTS),)](
         TensorDescriptor(x, [num_rows, in_features], [in_features, 1], [rows, tiles.tile]),

@@ -23,6 +23,7 @@ from dist_vlm.kernels.all_reduce.peer_collectives import PeerCollectives
 from dist_vlm.kernels.all_reduce.rules import rules_for
 from dist_vlm.kernels.choice import OpSet, RecordedOps, choose
 from dist_vlm.kernels.compile_only import Launch, compile_driver, compile_for, gpu_capability, gpu_name, launches_told
+from dist_vlm.kernels.few_rows_triton import ROW_SIZES
 from dist_vlm.kernels.sample import DrawRow
 from dist_vlm.workers.certificate import Certificate
 from dist_vlm.workers.collectives import PeerPath
@@ -40,11 +41,9 @@ from dist_vlm.workers.short_steps import ShortSteps
 from dist_vlm.workers.slots import SlotTable
 
 _DEVICE = torch.device("meta")
-# A kernel takes from a tenth of a second to two, and a rank some forty of them.
+# A kernel takes a tenth of a second to a half, a rank some forty of them.
 _MAX_PROCESSES = 6
 _PROMPT_TOKENS = 300
-# Prompts so short that products have kernels of their own, by the power of two that their rows fit into.
-_FEW_TOKENS = (8, 16, 32, 64)
 
 
 class ShapesOnly(Communicator):
@@ -172,7 +171,7 @@ class _Rehearsal:
                 self._run_plain(step)
         for piece in (prompt, *singles):
             self._slots.release(piece.slot)
-        for count in _FEW_TOKENS:
+        for count in ROW_SIZES:  # prompts so short that products have kernels of their own
             piece = self._slice(0, min(count, config.max_model_len, config.max_num_batched_tokens))
             self._run_plain([piece])
             self._slots.release(piece.slot)
