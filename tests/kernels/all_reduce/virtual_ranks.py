@@ -84,7 +84,9 @@ def run(
 def _rank(memory: torch.Tensor, addresses: list[int], rank: int, looks: int, programs: int) -> Rank:
     buffers = view(memory, addresses, rank=rank)
     generator = torch.Generator().manual_seed(rank)
-    return Rank(PeerCollectives(buffers, max_looks=looks, max_programs=programs), generator)
+    # As ranks that share a GPU do: what starts early could take the room that another rank's call needs.
+    collectives = PeerCollectives(buffers, max_looks=looks, max_programs=programs, starts_early=False)
+    return Rank(collectives, generator)
 
 
 def _on_streams(world_size: int, job: Job, *, capacity: int, looks: int, programs: int) -> list[Any]:
