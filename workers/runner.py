@@ -28,7 +28,8 @@ from dist_vlm.workers.pack import Layout, PromptRows, lay_out, pack
 from dist_vlm.workers.peak_memory import PeakMemory
 from dist_vlm.workers.pending import FinishedStep, PendingStep
 from dist_vlm.workers.plan import Slice, StepCounters, StepPlan, StepResult
-from dist_vlm.workers.recorded_vision import RecordedVision
+from dist_vlm.workers.recorded_vision import MAX_IMAGES, RecordedVision
+from dist_vlm.workers.rehearsal import rehearse
 from dist_vlm.workers.sampler import (
     LogitsProcessor,
     PendingLogprobs,
@@ -139,20 +140,21 @@ class Runner:
 
     @torch.inference_mode()
     def allocate(self, num_blocks: int) -> None:
-        """Allocates the KV cache, the same number of blocks on every rank, and records what steps repeat. Raises
-        `MemoryError` on a GPU that has no room for them."""
+        """Allocates the KV cache, the same number of blocks on every rank, and records what steps repeat; on a GPU one
+        step is rehearsed. Raises `MemoryError` on a GPU that has no room for them."""
         if self.device.type == "cuda":
             cache = num_blocks * block_bytes(**self._cache_shape(), dtype=self.dtype)
             check_room(cache, self._arena_bytes(), self.config)
         self.kv_cache = KVCache.allocate(
             num_blocks=num_blocks, dtype=self.dtype, device=self.device, **self._cache_shape()
         )
-        self._record()
-        if self.device.type == "cuda":
-            self._record_ahead()
         self._beside = Beside(self.device)
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=self.device)
         self._no_features = torch.empty((0, self.spec.hidden_size), dtype=self.dtype, device=self.device)
+        self._record()
+        if self.device.type == "cuda":
+            self._record_ahead()
+            rehearse(self)
 
     def _record(self) -> None:
         """Records decode steps now, and steps of few tokens as they come, where ops and collectives allow it."""
@@ -185,11 +187,12 @@ class Runner:
         shape, rows = self.spec.image_input_shape, self.spec.image_feature_size
         if self._recorded_vision is not None and shape is not None:
             batch_images = encoder_batch_images(self.spec, self.config, self.dtype)
-            self._recorded_vision.record(range(min(2, batch_images), 0, -1), shape=shape[1:], dtype=self.dtype)
+            counts = range(min(MAX_IMAGES, batch_images), 0, -1)
+            self._recorded_vision.record(counts, shape=shape[1:], dtype=self.dtype)
         if self._short_steps is not None and rows is not None:
             most = min(MAX_TOKENS - 1, self.config.max_num_batched_tokens, self.config.max_model_len)
-            counts = [rows + text for text in _TEXT_TOKENS if rows + text <= most]
-            self._short_steps.record(reversed(counts))  # the greatest first: the others share its memory
+            sizes = [rows + text for text in _TEXT_TOKENS if rows + text <= most]
+            self._short_steps.record(reversed(sizes))  # the greatest first: the others share its memory
 
     def stage(self, key: str, kind: str, array: np.ndarray) -> None:
         self.images.stage(key, kind, array)
