@@ -18,6 +18,7 @@ from dist_vlm.kernels import (
     full_attention,
     linear,
     paged_attention,
+    penalties,
     quick_gelu,
     reduce_add_norm,
     rotary_write_kv,
@@ -63,6 +64,7 @@ class OpSet:
     full_attention: Callable[..., Tensor]
     reduce_add_norm: Callable[..., tuple[Tensor, Tensor]]
     draw: Callable[[Tensor, Sequence[sample.DrawRow]], Tensor]
+    penalise: Callable[[Tensor, Tensor, Sequence[penalties.PenaltyRow]], None]
     workspace_bytes: int
     recorded: RecordedOps | None = None
 
@@ -88,6 +90,7 @@ IMPLEMENTATIONS = {
         full_attention=full_attention.full_attention_reference,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_reference,
         draw=sample.draw,
+        penalise=penalties.penalise,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
     "torch": OpSet(
@@ -104,6 +107,7 @@ IMPLEMENTATIONS = {
         full_attention=full_attention.full_attention_torch,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_torch,
         draw=sample.draw,
+        penalise=penalties.penalise,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
     "cpp": OpSet(
@@ -120,6 +124,7 @@ IMPLEMENTATIONS = {
         full_attention=full_attention.full_attention_cpp,
         reduce_add_norm=reduce_add_norm.reduce_add_norm_cpp,
         draw=sample.draw,
+        penalise=penalties.penalise,
         workspace_bytes=paged_attention.TORCH_WORKSPACE_BYTES,
     ),
 }
@@ -169,6 +174,7 @@ def _triton_ops() -> OpSet:
         linear_triton,
         paged_attention_triton,
         paged_plan_triton,
+        penalties_triton,
         quick_gelu_triton,
         reduce_add_norm_triton,
         rotary_write_kv_triton,
@@ -188,6 +194,7 @@ def _triton_ops() -> OpSet:
         full_attention=full_attention.full_attention_torch,
         reduce_add_norm=reduce_add_norm_triton.reduce_add_norm_triton,
         draw=draw_triton.draw_triton,
+        penalise=penalties_triton.penalise_triton,
         workspace_bytes=paged_attention_triton.TRITON_WORKSPACE_BYTES,
         recorded=RecordedOps(
             plan_decode=paged_plan_triton.plan_decode_triton,

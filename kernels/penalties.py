@@ -9,55 +9,83 @@ OpenAI's. Tokens are counted on the device, which may know more of them than the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dist_vlm.kernels.checks import check_dtype, check_shape
+from dist_vlm.kernels.upload import upload
+
+_FLOAT = torch.finfo(torch.float32)
 
 
-def penalise_repetition(
-    logits: Tensor, token_ids: Tensor, *, rows: Tensor, slots: Tensor, ends: Tensor, longest: int, penalty: Tensor
-) -> None:
-    """logits: float32 [R, vocab]. token_ids: int64 [num_slots, max_model_len], those known in [0, vocab).
+class PenaltyRow(NamedTuple):
+    """What is taken off one row of logits.
 
-    Of each of P rows: rows, slots, int64 [P]; ends, int64 [P], known tokens, in 1 .. longest; penalty, float32 [P],
-    above 0.
+    row: of the logits; no two of a call have the same. slot: of the token ids.
+    begin, end: the slot's tokens [0, end) are known, at least one, and those from begin on are generated.
+    repetition: above 0, and 1 for none. presence, frequency: 0 for none.
     """
-    op = "penalise_repetition"
-    _check(op, logits, rows=rows, slots=slots, ends=ends)
-    check_shape(op, "penalty", penalty, tuple(rows.shape))
-    seen, _ = _window(token_ids, slots, torch.zeros_like(ends), ends, width=longest)
-    cells, factor = (rows.unsqueeze(1), seen), penalty.unsqueeze(1)
+
+    row: int
+    slot: int
+    begin: int
+    end: int
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+
+    @property
+    def penalises_generated(self) -> bool:
+        return self.end > self.begin and bool(self.presence or self.frequency)
+
+
+def check_inputs(logits: Tensor, token_ids: Tensor) -> None:
+    op = "penalise"
+    check_shape(op, "logits", logits, (None, None))
+    check_dtype(op, "logits", logits, torch.float32)
+    check_shape(op, "token_ids", token_ids, (None, None))
+    check_dtype(op, "token_ids", token_ids, torch.int64)
+
+
+def factor_of(repetition: float) -> float:
+    """A repetition penalty as float32 has it, so that nothing is divided by zero."""
+    return max(repetition, _FLOAT.tiny)
+
+
+def penalise(logits: Tensor, token_ids: Tensor, rows: Sequence[PenaltyRow]) -> None:
+    """logits: float32 [R, vocab]. token_ids: int64 [num_slots, max_model_len], those known in [0, vocab)."""
+    check_inputs(logits, token_ids)
+    if repeating := [row for row in rows if row.repetition != 1]:
+        _penalise_repetition(logits, token_ids, repeating)
+    if generating := [row for row in rows if row.penalises_generated]:
+        _penalise_generated(logits, token_ids, generating)
+
+
+def _penalise_repetition(logits: Tensor, token_ids: Tensor, rows: Sequence[PenaltyRow]) -> None:
+    table = [[row.row, row.slot, row.end] for row in rows]
+    indices, slots, ends = upload(table, torch.int64, logits.device).unbind(1)
+    factor = upload([[factor_of(row.repetition)] for row in rows], torch.float32, logits.device)
+    seen, _ = _window(token_ids, slots, torch.zeros_like(ends), ends, width=max(row.end for row in rows))
+    cells = (indices.unsqueeze(1), seen)
     values = logits[cells]
-    penalised = torch.where(values < 0, values * factor, values / factor).clamp_(max=torch.finfo(torch.float32).max)
     # A token seen twice is written twice, with the same value.
-    logits.index_put_(cells, penalised)
+    logits.index_put_(cells, torch.where(values < 0, values * factor, values / factor).clamp_(max=_FLOAT.max))
 
 
-def penalise_generated(
-    logits: Tensor,
-    token_ids: Tensor,
-    *,
-    rows: Tensor,
-    slots: Tensor,
-    begins: Tensor,
-    ends: Tensor,
-    longest: int,
-    presence: Tensor,
-    frequency: Tensor,
-) -> None:
-    """As `penalise_repetition`, but for begins, int64 [P]: a row's tokens [begin, end) are the generated ones,
-    1 .. longest of them; presence, frequency: float32 [P]."""
-    op = "penalise_generated"
-    _check(op, logits, rows=rows, slots=slots, begins=begins, ends=ends)
-    for name, tensor in (("presence", presence), ("frequency", frequency)):
-        check_shape(op, name, tensor, tuple(rows.shape))
-    generated, is_token = _window(token_ids, slots, begins, ends, width=longest)
-    counts = torch.zeros((rows.shape[0], logits.shape[1]), dtype=torch.int32, device=logits.device)
+def _penalise_generated(logits: Tensor, token_ids: Tensor, rows: Sequence[PenaltyRow]) -> None:
+    table = [[row.row, row.slot, row.begin, row.end] for row in rows]
+    indices, slots, begins, ends = upload(table, torch.int64, logits.device).unbind(1)
+    penalties = [[row.presence, row.frequency] for row in rows]
+    presence, frequency = upload(penalties, torch.float32, logits.device).unsqueeze(2).unbind(1)
+    generated, is_token = _window(token_ids, slots, begins, ends, width=max(row.end - row.begin for row in rows))
+    counts = torch.zeros((len(rows), logits.shape[1]), dtype=torch.int32, device=logits.device)
     counts.scatter_add_(1, generated, is_token.to(torch.int32))
     count = counts.gather(1, generated).to(torch.float32)
-    cells = (rows.unsqueeze(1), generated)
-    logits.index_put_(cells, logits[cells] - (presence.unsqueeze(1) + frequency.unsqueeze(1) * count))
+    cells = (indices.unsqueeze(1), generated)
+    logits.index_put_(cells, logits[cells] - (presence + frequency * count))
 
 
 def _window(token_ids: Tensor, slots: Tensor, begins: Tensor, ends: Tensor, *, width: int) -> tuple[Tensor, Tensor]:
@@ -65,11 +93,3 @@ def _window(token_ids: Tensor, slots: Tensor, begins: Tensor, ends: Tensor, *, w
     place = begins.unsqueeze(1) + torch.arange(width, device=token_ids.device)
     is_token = place < ends.unsqueeze(1)
     return token_ids[slots.unsqueeze(1), torch.minimum(place, ends.unsqueeze(1) - 1)], is_token
-
-
-def _check(op: str, logits: Tensor, **indices: Tensor) -> None:
-    check_shape(op, "logits", logits, (None, None))
-    check_dtype(op, "logits", logits, torch.float32)
-    for name, tensor in indices.items():
-        check_dtype(op, name, tensor, torch.int64)
-        check_shape(op, name, tensor, tuple(indices["rows"].shape))

@@ -24,6 +24,7 @@ from dist_vlm.kernels.all_reduce.rules import rules_for
 from dist_vlm.kernels.choice import OpSet, RecordedOps, choose
 from dist_vlm.kernels.compile_only import Launch, compile_driver, compile_for, gpu_capability, gpu_name, launches_told
 from dist_vlm.kernels.few_rows_triton import ROW_SIZES
+from dist_vlm.kernels.penalties import PenaltyRow
 from dist_vlm.kernels.sample import DrawRow
 from dist_vlm.workers.certificate import Certificate
 from dist_vlm.workers.collectives import PeerPath
@@ -221,6 +222,7 @@ class _Rehearsal:
         nothing = torch.empty((0, self._spec.hidden_size), dtype=self._dtype, device=_DEVICE)
         batch = pack(layout, slices, slots=self._slots, empty_features=nothing)
         logits = self._language.logits(self._language.forward(batch, self._kv_cache))
+        self._ops.penalise(logits, self._slots.token_ids, [PenaltyRow(0, 0, 0, 1, presence=1.0)])
         self._ops.draw(logits, [DrawRow(temperature=1.0)] * logits.shape[0])
 
 

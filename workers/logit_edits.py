@@ -13,12 +13,13 @@ from torch import Tensor
 
 from dist_vlm.kernels.logit_bias import add_bias
 from dist_vlm.kernels.logit_masks import mask_completions, mask_tokens
-from dist_vlm.kernels.penalties import penalise_generated, penalise_repetition
+from dist_vlm.kernels.penalties import PenaltyRow
 from dist_vlm.kernels.upload import upload
 from dist_vlm.workers.failure import describe
 from dist_vlm.workers.plan import SamplingRow
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
+Penalise = Callable[[Tensor, Tensor, Sequence[PenaltyRow]], None]
 
 _FLOAT = torch.finfo(torch.float32)
 
@@ -64,9 +65,11 @@ def edit_logits(
     *,
     token_ids: Tensor,
     processors: Mapping[str, Sequence[LogitsProcessor]],
+    penalise: Penalise,
 ) -> Tensor:
     """A copy of logits, float32 [R, vocab], in which each of `rows`, by its index, has what it asks.
 
+    penalise: the op that penalises (`OpSet.penalise`).
     Waits for the device only where a row has logits processors, or could be left without any token.
     Raises `ValueError` naming the field where a row asks what cannot be done.
     """
@@ -77,8 +80,7 @@ def edit_logits(
     _add_biases(edited, rows)
     _mask_tokens(edited, rows)
     _mask_completions(edited, rows, token_ids)
-    _penalise_repetition(edited, rows, token_ids)
-    _penalise_generated(edited, rows, token_ids)
+    _penalise(edited, rows, token_ids, penalise)
     _check_choice(edited, rows)
     return edited
 
@@ -191,47 +193,21 @@ def _mask_completions(logits: Tensor, rows: Mapping[int, SampleRow], token_ids: 
     )
 
 
-def _penalise_repetition(logits: Tensor, rows: Mapping[int, SampleRow], token_ids: Tensor) -> None:
-    asking = {index: row for index, row in rows.items() if row.sampling.repetition_penalty != 1}
-    if not asking:
-        return
-    places = [list(asking), [row.slot for row in asking.values()], [row.position for row in asking.values()]]
-    indices, slots, ends = upload(places, torch.int64, logits.device)
-    penalties = [max(row.sampling.repetition_penalty, _FLOAT.tiny) for row in asking.values()]
-    penalise_repetition(
-        logits,
-        token_ids,
-        rows=indices,
-        slots=slots,
-        ends=ends,
-        longest=max(places[2]),
-        penalty=upload(penalties, torch.float32, logits.device),
-    )
-
-
-def _penalise_generated(logits: Tensor, rows: Mapping[int, SampleRow], token_ids: Tensor) -> None:
-    asking = {
-        index: row
+def _penalise(logits: Tensor, rows: Mapping[int, SampleRow], token_ids: Tensor, penalise: Penalise) -> None:
+    asking = [
+        PenaltyRow(
+            index,
+            row.slot,
+            row.num_prompt_tokens,
+            row.position,
+            row.sampling.repetition_penalty,
+            row.sampling.presence_penalty,
+            row.sampling.frequency_penalty,
+        )
         for index, row in rows.items()
-        if row.num_generated_tokens > 0 and (row.sampling.presence_penalty or row.sampling.frequency_penalty)
-    }
-    if not asking:
-        return
-    table = [[index, row.slot, row.num_prompt_tokens, row.position] for index, row in asking.items()]
-    penalties = [[row.sampling.presence_penalty, row.sampling.frequency_penalty] for row in asking.values()]
-    indices, slots, begins, ends = upload(table, torch.int64, logits.device).unbind(1)
-    presence, frequency = upload(penalties, torch.float32, logits.device).unbind(1)
-    penalise_generated(
-        logits,
-        token_ids,
-        rows=indices,
-        slots=slots,
-        begins=begins,
-        ends=ends,
-        longest=max(row.num_generated_tokens for row in asking.values()),
-        presence=presence,
-        frequency=frequency,
-    )
+    ]
+    if asking := [row for row in asking if row.repetition != 1 or row.penalises_generated]:
+        penalise(logits, token_ids, asking)
 
 
 def _check_choice(logits: Tensor, rows: Mapping[int, SampleRow]) -> None:

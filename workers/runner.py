@@ -337,7 +337,12 @@ class Runner:
 
     def _sample_rows(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
         return sample_tokens(
-            logits, rows, token_ids=self.slots.token_ids, processors=self.processors, draw=self.ops.draw
+            logits,
+            rows,
+            token_ids=self.slots.token_ids,
+            processors=self.processors,
+            draw=self.ops.draw,
+            penalise=self.ops.penalise,
         )
 
     def _logprobs(

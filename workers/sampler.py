@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_vlm.kernels import sample
 from dist_vlm.kernels.logprobs import LogprobTensors, compute_logprobs
 from dist_vlm.kernels.upload import upload
-from dist_vlm.workers.logit_edits import LogitsProcessor, SampleRow, asks_edits, edit_logits
+from dist_vlm.workers.logit_edits import LogitsProcessor, Penalise, SampleRow, asks_edits, edit_logits
 from dist_vlm.workers.plan import SamplingRow, TokenLogprobs
 
 __all__ = [
@@ -46,19 +46,20 @@ def sample_tokens(
     token_ids: Tensor,
     processors: Mapping[str, Sequence[LogitsProcessor]],
     draw: Callable[[Tensor, Sequence[sample.DrawRow]], Tensor],
+    penalise: Penalise,
 ) -> Tensor:
     """Chooses a token for each row; the order in which its options apply: see `dist_vlm.kernels.sample`.
 
     logits: float32 [R, vocab], not modified. token_ids: int64 [num_slots, max_model_len]: the tokens of all slots,
     of which those below a row's position are known in its slot. processors: by the name that a row has.
-    draw: the op that draws (`OpSet.draw`).
+    draw, penalise: the ops that draw and penalise (`OpSet`).
     Returns int64 [R], enqueued: the device is waited for only where a row has logits processors, or masks enough to
     leave no token. A row's token depends on no other row. Raises `ValueError` where one row asks what cannot be
     done, whatever the others are.
     """
     edits = {index: row for index, row in enumerate(rows) if asks_edits(row.sampling)}
     if edits:
-        logits = edit_logits(logits, edits, token_ids=token_ids, processors=processors)
+        logits = edit_logits(logits, edits, token_ids=token_ids, processors=processors, penalise=penalise)
     drawn = {index: _draw_row(row) for index, row in enumerate(rows) if row.sampling.temperature > 0}
     if drawn and len(drawn) == len(rows):
         return draw(logits, list(drawn.values()))

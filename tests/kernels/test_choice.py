@@ -12,6 +12,7 @@ from dist_vlm.kernels.choice import IMPLEMENTATIONS, choose
 OPS = {
     "attention",
     "draw",
+    "penalise",
     "embed",
     "linear",
     "plan_attention",
@@ -28,7 +29,7 @@ OPS = {
 def test_every_op_is_of_the_implementation_named(name) -> None:
     ops = choose(name, torch.device("cpu"))
     assert set(ops.names) == OPS
-    shared = {"linear": "linear", "draw": "draw", "attention": "attention"} | (
+    shared = {"linear": "linear", "draw": "draw", "penalise": "penalise", "attention": "attention"} | (
         {"embed": "embed_torch"} if name == "cpp" else {}
     )
     assert ops.names == {op: f"{op}_{name}" for op in OPS} | shared

@@ -91,9 +91,9 @@ def runner_of(model: Path, keys: set[tuple[str, str]], dtype: str) -> Runner:
 
 def serve(runner: Runner) -> None:
     """A prompt with a picture; decodes of one, three and two; a prompt beside decodes, recorded and, since it tells of
-    its tokens and draws them, not; and one that does so while decoding goes on."""
+    its tokens, penalises and draws them, not; and one that does so while decoding goes on."""
     runner.stage("x", "pixel_values", pixels(0))
-    chatty = SamplingRow(temperature=0.8, top_p=0.9, prompt_logprobs=1)
+    chatty = SamplingRow(temperature=0.8, top_p=0.9, repetition_penalty=1.2, prompt_logprobs=1)
     words = (5, 6, 7, 8)
     plans = [
         StepPlan(0, new=(sequence(0),), encode=("x",), slices=(Slice(0, 0, 19, (0, 1), True),)),
@@ -138,6 +138,7 @@ def test_what_a_rank_launches_is_compiled_ahead(
         "_one_row_kernel",
         "_greedy_kernel",
         "_draw_kernel",
+        "_penalise_kernel",
     } | few_rows <= names
     assert launched <= ahead, sorted(launched - ahead)
     assert len(ahead - launched) <= 4, sorted(ahead - launched)

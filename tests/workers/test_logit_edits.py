@@ -12,6 +12,7 @@ from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from dist_vlm.kernels.penalties import penalise
 from dist_vlm.workers.logit_edits import LogitsProcessor, SampleRow, asks_edits, edit_logits
 from dist_vlm.workers.plan import SamplingRow
 
@@ -34,7 +35,7 @@ def edit(
 ) -> Tensor:
     row = SampleRow(sampling, slot, position, num_prompt_tokens)
     held = held_tokens() if token_ids is None else token_ids
-    return edit_logits(logits, {0: row}, token_ids=held, processors={"mine": functions})
+    return edit_logits(logits, {0: row}, token_ids=held, processors={"mine": functions}, penalise=penalise)
 
 
 def logits_row(seed: int = 0) -> Tensor:
@@ -148,7 +149,7 @@ def test_what_a_function_keeps_is_its_own_row() -> None:
         kept.append(row)
         return row
 
-    edit_logits(logits, {7: row}, token_ids=held_tokens(), processors={"mine": [keep]})
+    edit_logits(logits, {7: row}, token_ids=held_tokens(), processors={"mine": [keep]}, penalise=penalise)
     assert torch.equal(kept[0], logits[7])
     assert kept[0].untyped_storage().nbytes() == VOCAB * 4
 
@@ -184,10 +185,12 @@ def test_rows_that_ask_nothing_of_an_edit_keep_their_bits() -> None:
         4: SamplingRow(frequency_penalty=1.0, logit_bias=((1, 3.0),)),
     }
     rows = {index: SampleRow(sampling, index % 4, 9, 3) for index, sampling in asked.items()}
-    edited = edit_logits(logits, rows, token_ids=held_tokens(), processors={})
+    edited = edit_logits(logits, rows, token_ids=held_tokens(), processors={}, penalise=penalise)
     for index in range(6):
         if index in rows:
-            alone = edit_logits(logits[index : index + 1], {0: rows[index]}, token_ids=held_tokens(), processors={})
+            alone = edit_logits(
+                logits[index : index + 1], {0: rows[index]}, token_ids=held_tokens(), processors={}, penalise=penalise
+            )
             assert torch.equal(edited[index], alone[0])
         else:
             assert torch.equal(edited[index], logits[index])

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from dist_vlm.kernels.choice import choose
+from dist_vlm.kernels.penalties import penalise
 from dist_vlm.kernels.philox import uniform_noise
 from dist_vlm.kernels.sample import draw
 from dist_vlm.workers.plan import SamplingRow, TokenLogprobs
@@ -113,21 +114,23 @@ def reference_token(logits: Tensor, row: SampleRow, token_ids: Tensor) -> int:
 @pytest.mark.parametrize("seed", range(8))
 def test_tokens_are_those_of_transformers_processors(seed: int) -> None:
     logits, token_ids, rows = batch(seed)
-    tokens = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw)
+    tokens = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw, penalise=penalise)
     expected = [reference_token(logits[i : i + 1], row, token_ids) for i, row in enumerate(rows)]
     assert tokens.dtype == torch.int64
     assert tokens.tolist() == expected
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_tokens_drawn_in_triton_are_those_of_transformers_processors(seed: int) -> None:
+def test_tokens_penalised_and_drawn_in_triton_are_those_of_transformers_processors(seed: int) -> None:
     logits, token_ids, rows = batch(seed)
+    ops = choose("triton", TRITON_DEVICE)
     tokens = sample_tokens(
         logits.to(TRITON_DEVICE),
         rows,
         token_ids=token_ids.to(TRITON_DEVICE),
         processors=PROCESSORS,
-        draw=choose("triton", TRITON_DEVICE).draw,
+        draw=ops.draw,
+        penalise=ops.penalise,
     )
     assert tokens.tolist() == [reference_token(logits[i : i + 1], row, token_ids) for i, row in enumerate(rows)]
 
@@ -154,24 +157,37 @@ def test_the_options_of_the_batch_change_tokens() -> None:
 def test_a_row_gets_the_same_token_alone_and_among_fifteen_others(seed: int) -> None:
     logits, token_ids, rows = batch(seed)
     before = logits.clone()
-    together = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw).tolist()
+    together = sample_tokens(
+        logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw, penalise=penalise
+    ).tolist()
     assert torch.equal(logits, before)
     for index, row in enumerate(rows):
-        alone = sample_tokens(logits[index : index + 1], [row], token_ids=token_ids, processors=PROCESSORS, draw=draw)
+        alone = sample_tokens(
+            logits[index : index + 1], [row], token_ids=token_ids, processors=PROCESSORS, draw=draw, penalise=penalise
+        )
         assert alone.tolist() == together[index : index + 1]
     order = [5, 2, 7, 0, 15]
     fewer = sample_tokens(
-        logits[order], [rows[i] for i in order], token_ids=token_ids, processors=PROCESSORS, draw=draw
+        logits[order],
+        [rows[i] for i in order],
+        token_ids=token_ids,
+        processors=PROCESSORS,
+        draw=draw,
+        penalise=penalise,
     ).tolist()
     assert fewer == [together[i] for i in order]
 
 
 def test_a_row_of_numbers_that_are_not_finite_changes_no_other() -> None:
     logits, token_ids, rows = batch(3)
-    expected = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw).tolist()
+    expected = sample_tokens(
+        logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw, penalise=penalise
+    ).tolist()
     broken = [0, 3, 5, 8]
     logits[broken] = torch.nan
-    found = sample_tokens(logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw).tolist()
+    found = sample_tokens(
+        logits, rows, token_ids=token_ids, processors=PROCESSORS, draw=draw, penalise=penalise
+    ).tolist()
     assert all(0 <= token < VOCAB for token in found)
     assert [token for i, token in enumerate(found) if i not in broken] == [
         token for i, token in enumerate(expected) if i not in broken
@@ -183,8 +199,10 @@ def test_a_wrong_row_raises_alone_and_in_a_batch() -> None:
     rows[4] = replace(rows[4], sampling=SamplingRow(logit_bias=((VOCAB, 1.0),)))
     for part in (slice(0, None), slice(4, 5)):
         with pytest.raises(ValueError, match=f"logit_bias holds token {VOCAB}"):
-            sample_tokens(logits[part], rows[part], token_ids=token_ids, processors=PROCESSORS, draw=draw)
-    sample_tokens(logits[:4], rows[:4], token_ids=token_ids, processors=PROCESSORS, draw=draw)
+            sample_tokens(
+                logits[part], rows[part], token_ids=token_ids, processors=PROCESSORS, draw=draw, penalise=penalise
+            )
+    sample_tokens(logits[:4], rows[:4], token_ids=token_ids, processors=PROCESSORS, draw=draw, penalise=penalise)
 
 
 def test_logprobs_are_the_models_own_and_counted_row_by_row() -> None:
@@ -216,7 +234,7 @@ def test_a_gpu_is_not_waited_for_and_its_rows_do_not_depend_on_each_other() -> N
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tokens = sample_tokens(logits, rows, token_ids=token_ids, processors={}, draw=draw)
+        tokens = sample_tokens(logits, rows, token_ids=token_ids, processors={}, draw=draw, penalise=penalise)
         pending = token_logprobs(logits, tokens, [3] * len(rows)).to_host()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -224,7 +242,9 @@ def test_a_gpu_is_not_waited_for_and_its_rows_do_not_depend_on_each_other() -> N
     together = tokens.tolist()
     assert together == [reference_token(logits[i : i + 1].cpu(), row, token_ids.cpu()) for i, row in enumerate(rows)]
     for index, row in enumerate(rows):
-        alone = sample_tokens(logits[index : index + 1], [row], token_ids=token_ids, processors={}, draw=draw)
+        alone = sample_tokens(
+            logits[index : index + 1], [row], token_ids=token_ids, processors={}, draw=draw, penalise=penalise
+        )
         assert alone.tolist() == [together[index]]
     exact = logits.cpu().to(torch.float64).log_softmax(-1)
     for index, entry in enumerate(pending.read()):
@@ -235,7 +255,9 @@ def test_a_gpu_is_not_waited_for_and_its_rows_do_not_depend_on_each_other() -> N
 @pytest.mark.gpu
 def test_processors_run_on_a_gpu() -> None:
     logits, token_ids, rows = batch(4)
-    found = sample_tokens(logits.cuda(), rows, token_ids=token_ids.cuda(), processors=PROCESSORS, draw=draw).tolist()
+    found = sample_tokens(
+        logits.cuda(), rows, token_ids=token_ids.cuda(), processors=PROCESSORS, draw=draw, penalise=penalise
+    ).tolist()
     assert found == [reference_token(logits[i : i + 1], row, token_ids) for i, row in enumerate(rows)]
 
 
@@ -251,7 +273,7 @@ def test_sampling_stays_within_its_bytes(count: int) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        tokens = sample_tokens(logits, rows, token_ids=token_ids, processors={}, draw=draw)
+        tokens = sample_tokens(logits, rows, token_ids=token_ids, processors={}, draw=draw, penalise=penalise)
         token_logprobs(logits, tokens, [20] * count)
         return torch.cuda.max_memory_allocated() - before
 
