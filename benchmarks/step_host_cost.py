@@ -199,7 +199,7 @@ class HostRunner(Runner):
 
     def __init__(self, config: RankConfig, comm: Communicator) -> None:
         self.config, self.comm = config, comm
-        self.device, self.processors = torch.device("cpu"), {}
+        self.device, self.processors, self._encodes_later = torch.device("cpu"), {}, False
         self.slots = SlotTable(
             num_slots=config.max_num_seqs,
             max_model_len=config.max_model_len,
@@ -211,7 +211,6 @@ class HostRunner(Runner):
             features={},
             drop=lambda keys: None,
             encode=lambda keys, images: (),
-            take_check=lambda: None,
             copy_blocks=lambda pairs: None,
         )
         stand_in: Any = nothing

@@ -117,7 +117,7 @@ class StepPlan:
     slices: at most one for each slot.
     release: slots to forget; a slot may be released and taken in one plan.
     encode: content keys of staged images to encode before the slices run.
-    drop_features: content keys whose features are no longer needed.
+    drop_features: content keys whose features are no longer needed, or that could not be encoded.
     copy_blocks: (source, destination) block ids, copied in order.
     """
 
@@ -171,7 +171,7 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class ImageFailure:
-    """An image that could not be encoded. Slices that needed it were left out of the step."""
+    """An image that could not be encoded. Slices that needed it were left out of the step, or mean nothing."""
 
     image: str
     reason: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from dist_vlm.workers.open_collectives import settle
 from dist_vlm.workers.pack import Layout, PromptRows, lay_out, pack
 from dist_vlm.workers.peak_memory import PeakMemory
 from dist_vlm.workers.pending import FinishedStep, PendingStep
-from dist_vlm.workers.plan import Slice, StepCounters, StepPlan, StepResult
+from dist_vlm.workers.plan import ImageFailure, Slice, StepCounters, StepPlan, StepResult
 from dist_vlm.workers.recorded_vision import MAX_IMAGES, RecordedVision
 from dist_vlm.workers.rehearsal import rehearse
 from dist_vlm.workers.sampler import (
@@ -39,7 +38,7 @@ from dist_vlm.workers.sampler import (
 )
 from dist_vlm.workers.short_steps import MAX_TOKENS, ShortSteps
 from dist_vlm.workers.slots import SlotTable
-from dist_vlm.workers.vision import FeatureStore, ImageStore
+from dist_vlm.workers.vision import FeatureStore, ImageStore, Verdict
 from dist_vlm.workers.weights import open_weights
 
 # Beside a picture: with each of them, up to 31 more are recorded.
@@ -59,6 +58,7 @@ class Runner:
         self.comm = comm
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.device = torch.device(config.device)
+        self._encodes_later = self.device.type == "cuda"  # the host of a GPU is to be ahead of it
         self.spec = read_spec(config.model)
         self.family = get_family(self.spec.family)
         self.ops = choose(config.kernels, self.device)
@@ -100,7 +100,6 @@ class Runner:
             hidden_size=self.spec.hidden_size,
             batch_images=encoder_batch_images(self.spec, self.config, self.dtype),
             data_parallel=self.config.vision_data_parallel,
-            checks_later=self.device.type == "cuda" and self.comm.world_size == 1,
         )
         num_language, num_vision = _num_parameters(self.language.module), _num_parameters(self.vision.module)
         per_block = block_bytes(**self._cache_shape(), dtype=self.dtype)
@@ -206,7 +205,7 @@ class Runner:
         later plans are launched: tokens stay on the device, where the next plan finds them."""
         began, collectives, encoded = time.perf_counter_ns(), self.comm.count.total, self.features.num_encoded
         self._apply(plan)
-        image_failures = self.features.encode(plan.encode, self.images)
+        image_failures, verdict = self._encode(plan)
         slices = [piece for piece in plan.slices if self._is_computable(piece)]
         computed = self._compute(slices) if slices else None
         counters = StepCounters(
@@ -215,11 +214,18 @@ class Runner:
             busy_us=(time.perf_counter_ns() - began) // 1000,
         )
         result = StepResult(plan.step_id, self.config.rank, image_failures=image_failures, counters=counters)
-        check = self.features.take_check()
-        if computed is None and check is None:
+        if computed is None and verdict is None:
             return FinishedStep(result)
-        find = None if check is None else partial(self.features.fail, check.to_host())
+        find = None if verdict is None else verdict.to_host().failures
         return LaunchedStep(result, computed, slices, device=self.device, find_image_failures=find)
+
+    def _encode(self, plan: StepPlan) -> tuple[tuple[ImageFailure, ...], Verdict | None]:
+        """What of a plan's images has failed, or what will tell."""
+        if not self._encodes_later:
+            return self.features.encode(plan.encode, self.images), None
+        sequences = [self.slots.sequence(piece.slot) for piece in plan.slices] if plan.encode else []
+        num_rows = {span.image: span.count for sequence in sequences for span in sequence.images}
+        return (), self.features.encode_later(plan.encode, self.images, num_rows)
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.release:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from dist_vlm.kernels.upload import to_device, upload
 from dist_vlm.workers.comm import Communicator
 from dist_vlm.workers.encoder import FAILURE_REASONS, NOT_ENCODED, NOT_FINITE, Encoded, ImageEncoder, StagedImage
 from dist_vlm.workers.models.family import VisionModel
@@ -39,26 +40,25 @@ class ImageStore:
 
 
 @dataclass(frozen=True, slots=True)
-class FiniteCheck:
-    """Whether encoded features are finite, which the device still computes.
+class Verdict:
+    """Which images of a step failed on any rank: the same on every rank, and still being computed by the device.
 
-    features: of each image, by its content key. finite: bool [images], in their order.
+    keys: the images. votes: float32 [reasons, images], above zero where an image failed for that reason.
     """
 
-    features: dict[str, torch.Tensor]
-    finite: torch.Tensor
+    keys: tuple[str, ...]
+    votes: torch.Tensor
 
-    def to_host(self) -> FiniteCheck:
+    def to_host(self) -> Verdict:
         """Enqueues the copy; what is returned may be read once the device has come to here."""
-        return FiniteCheck(self.features, self.finite.to("cpu", non_blocking=True))
+        return Verdict(self.keys, self.votes.to("cpu", non_blocking=True))
 
-    def guilty(self) -> dict[str, torch.Tensor]:
-        """Features that are not finite."""
-        return {
-            key: features
-            for (key, features), is_finite in zip(self.features.items(), self.finite.tolist(), strict=True)
-            if not is_finite
-        }
+    def failures(self) -> tuple[ImageFailure, ...]:
+        reasons = _first_reasons(self.votes.tolist())
+        found = tuple(ImageFailure(key, why) for key, why in zip(self.keys, reasons, strict=True) if why is not None)
+        for failure in found:
+            _log.warning("image %s: %s", failure.image, failure.reason)
+        return found
 
 
 class FeatureStore:
@@ -67,8 +67,8 @@ class FeatureStore:
     batch_images: images that go through the encoder at once, at most.
     data_parallel: whether the images of a call are split over the ranks; each then encodes its share and gets the
         others' features, to the bit. Otherwise, and for a single image, each rank encodes by itself.
-    checks_later: whether features that are not finite are found by `take_check` and `fail`, once the device has come so
-        far, and not by `encode`, which would wait for it. Ranks that have to agree on failures cannot.
+
+    `encode` waits for the device, `encode_later` does not.
     """
 
     def __init__(
@@ -81,10 +81,7 @@ class FeatureStore:
         hidden_size: int,
         batch_images: int,
         data_parallel: bool,
-        checks_later: bool = False,
     ) -> None:
-        if checks_later and comm.world_size > 1:
-            raise ValueError(f"checks_later with world_size = {comm.world_size}: must be one rank")
         self.encoder = ImageEncoder(vision=vision, dtype=dtype, device=device, batch_images=batch_images)
         self.comm = comm
         self.dtype = dtype
@@ -92,8 +89,6 @@ class FeatureStore:
         self.hidden_size = hidden_size
         self.data_parallel = data_parallel
         self.features: dict[str, torch.Tensor] = {}
-        self._checks_later = checks_later
-        self._unchecked: dict[str, torch.Tensor] = {}
 
     @property
     def num_encoded(self) -> int:
@@ -104,23 +99,6 @@ class FeatureStore:
         for key in keys:
             self.features.pop(key, None)  # one that failed was never held; the driver may not know yet
 
-    def take_check(self) -> FiniteCheck | None:
-        """Of the images encoded since it was last called; None where there are none."""
-        unchecked, self._unchecked = self._unchecked, {}
-        if not unchecked:
-            return None
-        features = {key: self.features[key] for key in unchecked}
-        return FiniteCheck(features, torch.stack(list(unchecked.values())))
-
-    def fail(self, check: FiniteCheck) -> tuple[ImageFailure, ...]:
-        """Drops what a check that has arrived found guilty."""
-        guilty = check.guilty()
-        for key, features in guilty.items():
-            _log.warning("image %s: its features are not finite numbers", key)
-            if self.features.get(key) is features:
-                del self.features[key]
-        return tuple(ImageFailure(key, NOT_FINITE) for key in guilty)
-
     def encode(self, keys: Sequence[str], images: ImageStore) -> tuple[ImageFailure, ...]:
         """Encodes staged images and returns those that failed on any rank, the same list on every rank.
 
@@ -129,10 +107,8 @@ class FeatureStore:
         """
         if not keys:
             return ()
-        ranks = self.comm.world_size
-        split = self.data_parallel and ranks > 1 and len(keys) > 1
-        mine = keys[self.comm.rank :: ranks] if split else keys
-        done = self._encode_here(mine, images)
+        split = self._is_split(keys)
+        done = self._encode_here(self._mine(keys), images, is_checked=True)
         reasons, num_rows = self._agree(keys, done)
         for key in keys:
             self.features.pop(key, None)
@@ -141,11 +117,56 @@ class FeatureStore:
             self.features.update(self._gather(keys, good, done))
         else:
             self.features.update({key: done.features[key] for key in good})
-        if self._checks_later:
-            self._unchecked.update({key: done.finite[key] for key in good})
         return tuple(ImageFailure(key, reason) for key, reason in zip(keys, reasons, strict=True) if reason is not None)
 
-    def _encode_here(self, keys: Sequence[str], images: ImageStore) -> Encoded:
+    def encode_later(self, keys: Sequence[str], images: ImageStore, num_rows: Mapping[str, int]) -> Verdict | None:
+        """Enqueues the encoding of staged images, and tells once the device has come so far which of them failed. None
+        without images. The collectives are those of `encode`.
+
+        num_rows: feature rows of each image, as its span in a sequence has them. Every rank then holds features of
+            every image, those of a failed one zeros or not finite: all compute the same slices until it is dropped.
+        """
+        if not keys:
+            return None
+        done = self._encode_here(self._mine(keys), images, is_checked=False)
+        for key, features in list(done.features.items()):
+            if features.shape[0] != num_rows[key]:
+                _log.error("image %s: %d feature rows for %d positions", key, features.shape[0], num_rows[key])
+                done.failed[key] = NOT_ENCODED
+                del done.features[key], done.finite[key]
+        verdict = Verdict(tuple(keys), self.comm.all_reduce(self._votes(keys, done)))
+        for key in keys:
+            self.features.pop(key, None)
+        if self._is_split(keys):
+            self.features.update(self._gather(keys, {key: num_rows[key] for key in keys}, done))
+        else:
+            self.features.update({key: done.features.get(key, self._zeros(num_rows[key])) for key in keys})
+        return verdict
+
+    def _is_split(self, keys: Sequence[str]) -> bool:
+        return self.data_parallel and self.comm.world_size > 1 and len(keys) > 1
+
+    def _mine(self, keys: Sequence[str]) -> Sequence[str]:
+        """The images that this rank encodes."""
+        return keys[self.comm.rank :: self.comm.world_size] if self._is_split(keys) else keys
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros((*shape, self.hidden_size), dtype=self.dtype, device=self.device)
+
+    def _votes(self, keys: Sequence[str], done: Encoded) -> torch.Tensor:
+        """This rank's, see `Verdict`."""
+        known = np.zeros((len(FAILURE_REASONS), len(keys)), dtype=np.float32)
+        for column, key in enumerate(keys):
+            if key in done.failed:
+                known[FAILURE_REASONS.index(done.failed[key]), column] = 1
+        votes = to_device(known, self.device)
+        if columns := [column for column, key in enumerate(keys) if key in done.finite]:
+            finite = torch.stack([done.finite[keys[column]] for column in columns])
+            where = upload(columns, torch.int64, self.device)
+            votes[FAILURE_REASONS.index(NOT_FINITE), where] = (~finite).to(torch.float32)
+        return votes
+
+    def _encode_here(self, keys: Sequence[str], images: ImageStore, *, is_checked: bool) -> Encoded:
         staged, missing = [], {}
         for key in keys:
             try:
@@ -153,7 +174,7 @@ class FeatureStore:
             except KeyError:
                 _log.error("image %s is to be encoded, but is not staged", key)
                 missing[key] = NOT_ENCODED
-        done = self.encoder.encode(staged, is_checked=not self._checks_later)
+        done = self.encoder.encode(staged, is_checked=is_checked)
         done.failed.update(missing)
         return done
 
@@ -172,21 +193,15 @@ class FeatureStore:
         if self.comm.world_size > 1:
             votes = votes.to(self.device)  # alone, the GPU has nothing to add
         rows, *failed = self.comm.all_reduce(votes).tolist()
-        reasons = [
-            next((reason for reason, votes in zip(FAILURE_REASONS, column, strict=True) if votes), None)
-            for column in zip(*failed, strict=True)
-        ]
-        return reasons, [int(count) for count in rows]
+        return _first_reasons(failed), [int(count) for count in rows]
 
     def _gather(self, keys: Sequence[str], good: dict[str, int], done: Encoded) -> dict[str, torch.Tensor]:
-        """All ranks' features. Image i is the (i // ranks)-th of rank i % ranks; shorter shares and images are padded
-        with zeros, and so are failed ones."""
+        """All ranks' features of the `good` images, whose rows are told. Image i is the (i // ranks)-th of rank
+        i % ranks; shorter shares and images are padded with zeros, and so are those that a rank has not."""
         ranks = self.comm.world_size
-        share = torch.zeros(
-            (-(-len(keys) // ranks), max(good.values()), self.hidden_size), dtype=self.dtype, device=self.device
-        )
+        share = self._zeros(-(-len(keys) // ranks), max(good.values()))
         for place, key in enumerate(keys[self.comm.rank :: ranks]):
-            if key in good:
+            if key in good and key in done.features:
                 share[place, : good[key]] = done.features.pop(key)
         gathered = self.comm.all_gather(share)
         return {
@@ -194,3 +209,11 @@ class FeatureStore:
             for index, key in enumerate(keys)
             if key in good
         }
+
+
+def _first_reasons(votes: Sequence[Sequence[float]]) -> list[str | None]:
+    """For each image why it failed, None if it did on no rank. votes: [reasons][images]."""
+    return [
+        next((reason for reason, vote in zip(FAILURE_REASONS, column, strict=True) if vote), None)
+        for column in zip(*votes, strict=True)
+    ]

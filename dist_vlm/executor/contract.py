@@ -132,8 +132,8 @@ class Ledger:
 
     def _drop(self, keys: tuple[str, ...]) -> None:
         for key in keys:
-            if key not in self.features and self._failure_unseen(key):
-                continue
+            if key not in self.features and key in self._failed_images:
+                continue  # a rank may hold something in place of its features
             self._require(key in self.features, f"features of image {key!r} are dropped and not held")
             del self.features[key]
 

@@ -82,10 +82,11 @@ class FeatureTable:
                 self._unneeded[image] = None
 
     def lose(self, image: str) -> None:
-        """Records that the ranks failed to encode the image: they hold nothing of it."""
+        """Records that the ranks failed to encode the image. What they may hold for it goes with the next plan."""
         self._needed_by.pop(image, None)
         self._unneeded.pop(image, None)
-        self._rows.pop(image, None)
+        if self._rows.pop(image, None) is not None:
+            self._to_drop.append(image)
 
     def take_droppable(self) -> tuple[str, ...]:
         """The images the next plan drops; they are forgotten here."""

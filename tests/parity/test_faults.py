@@ -53,6 +53,27 @@ def plant_in_encode(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision, "encode_pixels", encode_pixels)
 
 
+def plant_in_encode_told_later(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does: the step goes on, and what failed is known when it has ended."""
+    monkeypatch.setattr(runner_of(llm), "_encodes_later", True)
+    plant_in_encode(llm, monkeypatch)
+
+
+def plant_in_features(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guilty one's are not finite, which is known when the step has ended."""
+    runner = runner_of(llm)
+    monkeypatch.setattr(runner, "_encodes_later", True)
+    cases = noise_cases(with_images=True)
+    guilty = torch.from_numpy(decoded(llm._front.processor._images._processor.preprocess(cases[GUILTY].image)))
+    real = runner.vision.encode_pixels
+
+    def encode_pixels(pixels: torch.Tensor) -> torch.Tensor:
+        is_guilty = torch.tensor([torch.equal(one, guilty[0]) for one in pixels])
+        return real(pixels).masked_fill(is_guilty[:, None, None], torch.nan)
+
+    monkeypatch.setattr(runner.vision, "encode_pixels", encode_pixels)
+
+
 def plant_in_pack(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     real, guilty = pack_module._feature_rows, []
 
@@ -105,11 +126,13 @@ def runner_of(llm: LLM) -> runner_module.Runner:
     [
         (plant_in_preprocess, "could not be prepared"),
         (plant_in_encode, "could not be encoded"),
+        (plant_in_encode_told_later, "could not be encoded"),
+        (plant_in_features, "features are not finite"),
         (plant_in_pack, "could not be made part of a batch"),
         (plant_in_sample, "could not be sampled"),
         (plant_in_detokenize, "could not be detokenized"),
     ],
-    ids=["preprocess", "encode", "pack", "sample", "detokenize"],
+    ids=["preprocess", "encode", "encode told later", "features", "pack", "sample", "detokenize"],
 )
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_guilty_request_alone_fails(

@@ -35,9 +35,20 @@ def test_a_failed_image_is_forgotten():
     table = FeatureTable(8, keep=True)
     encoded(table, "x", "a")
     table.lose("x")
-    assert not table.is_resident("x")
-    assert table.take_droppable() == ()
+    assert not table.is_resident("x") and table.num_rows == 0
     assert encoded(table, "x", "b") == ["x"]
+    assert table.take_droppable() == ("x",), "before it is encoded anew, in the same plan"
+    assert table.is_resident("x")
+    assert table.take_droppable() == ()
+
+
+def test_a_failed_image_that_was_dropped_meanwhile_is_not_dropped_again():
+    table = FeatureTable()
+    encoded(table, "x", "a")
+    table.give_up(["x"], "a")
+    assert table.take_droppable() == ("x",)
+    table.lose("x")
+    assert table.take_droppable() == ()
 
 
 def test_kept_images_go_when_their_room_is_wanted_the_longest_unneeded_first():

@@ -242,18 +242,32 @@ def test_a_cached_beginning_gives_the_same_token_as_computing_it(loaded: Runner)
     step(loaded, StepPlan(2, release=(0, 1)))
 
 
-def test_an_image_found_guilty_when_the_step_has_ended_is_told_and_dropped(
+def test_of_images_found_guilty_when_the_step_has_ended_nothing_is_left_once_dropped(
     loaded: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaded.features, "_checks_later", True)
+    monkeypatch.setattr(loaded, "_encodes_later", True)
     loaded.stage("bad", "pixel_values", np.full_like(pixels(0), np.nan))
+    loaded.stage("wrong", "pixel_values", pixels(0)[:, :2])
     loaded.stage("x", "pixel_values", pixels(0))
-    broken = sequence(0, images=(ImageSpan("bad", 1, 16),))
-    slices = (Slice(0, 0, 19, (0, 1), True), Slice(1, 0, 19, (2, 3), True))
-    result = step(loaded, StepPlan(0, new=(broken, sequence(1)), encode=("bad", "x"), slices=slices))
-    assert [failure.image for failure in result.image_failures] == ["bad"]
-    assert [sampled.slot for sampled in result.sampled] == [1]
-    assert set(loaded.features.features) == {"x"}
-    alone = step(loaded, StepPlan(1, release=(0, 1), encode=("bad",)))
-    assert [failure.image for failure in alone.image_failures] == ["bad"]
-    step(loaded, StepPlan(2, drop_features=("x",)))
+    new = (
+        sequence(0, images=(ImageSpan("bad", 1, 16),)),
+        sequence(1),
+        sequence(2, images=(ImageSpan("wrong", 1, 16),)),
+    )
+    slices = tuple(Slice(slot, 0, 19, (2 * slot, 2 * slot + 1), True) for slot in range(3))
+    result = step(loaded, StepPlan(0, new=new, encode=("bad", "x", "wrong"), slices=slices))
+    assert {failure.image: failure.reason for failure in result.image_failures} == {
+        "bad": "the image's features are not finite numbers",
+        "wrong": "the image could not be encoded",
+    }
+    assert 1 in tokens_by_slot(result) and 0 not in tokens_by_slot(result)
+    # What was sent before the driver learnt of it is computed, and means nothing.
+    later = step(loaded, StepPlan(1, slices=(Slice(2, 19, 1, (), True), Slice(1, 19, 1, (), True))))
+    assert 1 in tokens_by_slot(later)
+    monkeypatch.setattr(loaded, "_encodes_later", False)
+    loaded.stage("good", "pixel_values", pixels(0))
+    plain = (sequence(0, images=(ImageSpan("good", 1, 16),)),)
+    plan = StepPlan(2, release=(0, 2), new=plain, encode=("good",), slices=(Slice(0, 0, 19, (0, 1), True),))
+    assert tokens_by_slot(step(loaded, plan))[0] == tokens_by_slot(result)[1]
+    step(loaded, StepPlan(3, release=(0, 1), drop_features=("bad", "wrong", "x", "good")))
+    assert loaded.features.features == {}

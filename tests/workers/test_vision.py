@@ -39,12 +39,19 @@ class Tower(VisionModel):
         return features * 10
 
 
+class Blind(Tower):
+    """Does not look at its sums, for which it would wait."""
+
+    def encode_pixels(self, pixel_values):
+        return pixel_values.sum(dim=(1, 2, 3))[:, None, None].expand(-1, 2, 4)
+
+
 def run_ranks(world_size, work):
     comms = thread_comms(world_size)
     return on_ranks(comms, lambda rank: work(comms[rank]))
 
 
-def store(comm, tower=None, *, batch_images=4, data_parallel=True, checks_later=False):
+def store(comm, tower=None, *, batch_images=4, data_parallel=True):
     return FeatureStore(
         vision=tower or Tower(),
         comm=comm,
@@ -53,7 +60,6 @@ def store(comm, tower=None, *, batch_images=4, data_parallel=True, checks_later=
         hidden_size=4,
         batch_images=batch_images,
         data_parallel=data_parallel,
-        checks_later=checks_later,
     )
 
 
@@ -314,25 +320,96 @@ def test_a_gpu_that_is_full_encodes_in_smaller_batches():
     assert found == {f"i{n}": [[24.0 * n] * 4] * 2 for n in range(8)}
 
 
-def test_what_is_not_finite_may_be_found_once_the_device_has_come_so_far():
-    features = store(single_rank(), checks_later=True)
-    assert features.take_check() is None
-    assert features.encode(("good", "bad", "lost"), staged(good=1, bad=np.nan)) == (ImageFailure("lost", NOT_ENCODED),)
-    check = features.take_check()
-    assert check is not None and features.take_check() is None
-    assert features.fail(check.to_host()) == (ImageFailure("bad", NOT_FINITE),)
-    assert set(features.features) == {"good"}
+ROWS = dict.fromkeys(("good", "bad", "fine", "last"), 2)
 
 
-def test_a_later_check_leaves_features_alone_that_were_encoded_anew():
-    features = store(single_rank(), checks_later=True)
-    features.encode(("x",), staged(x=np.nan))
-    check = features.take_check()
+@pytest.mark.parametrize("data_parallel", [True, False])
+@pytest.mark.parametrize("guilty", [set(), {0}, {1}, {2}, {0, 1, 2}], ids=str)
+@pytest.mark.parametrize(("value", "reason"), FAULTS.values(), ids=FAULTS.keys())
+def test_what_fails_may_be_told_later_and_every_rank_holds_every_image_until_then(value, reason, guilty, data_parallel):
+    """As above, but that no rank waits: a failed image has features of the right shape on all ranks."""
+
+    def rank(comm):
+        features = store(comm, data_parallel=data_parallel)
+        images = staged(good=1, bad=2, fine=3, last=4)
+        if comm.rank in guilty:
+            images.stage("bad", "pixel_values", PIXELS * (value or 1))
+            if value is None:
+                images.unstage("bad")
+        verdict = features.encode_later(("good", "bad", "fine", "last"), images, ROWS)
+        shapes = {key: rows.shape for key, rows in features.features.items()}
+        one = features.encode_later(("last",), images, ROWS)
+        failures = verdict.to_host().failures(), one.failures()
+        count = (comm.count.all_reduce, comm.count.all_gather)
+        features.drop(["bad"])
+        return failures, shapes, held(features), count
+
+    fails = 1 in guilty or (guilty and not data_parallel)
+    expected = (ImageFailure("bad", reason),) if fails else ()
+    for failures, shapes, found, count in run_ranks(3, rank):
+        assert failures == (expected, ())
+        assert shapes == dict.fromkeys(ROWS, (2, 4))
+        assert found == {"good": [[24.0] * 4] * 2, "fine": [[72.0] * 4] * 2, "last": [[96.0] * 4] * 2}
+        assert count == (2, int(data_parallel))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_told_later_features_are_those_told_at_once(world_size):
+    def rank(comm):
+        now, later = store(comm), store(comm)
+        images, keys = staged(a=1, b=(2, 5), c=3, d=(4, 1), e=(5, 2)), ("d", "a", "b", "c", "e")
+        assert now.encode(keys, images) == ()
+        rows = {"a": 2, "b": 5, "c": 2, "d": 1, "e": 2}
+        assert later.encode_later(keys, images, rows).failures() == ()
+        return held(now), held(later)
+
+    for now, later in run_ranks(world_size, rank):
+        assert later == now
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_image_of_other_rows_than_its_positions_fails(world_size):
+    def rank(comm):
+        features = store(comm)
+        verdict = features.encode_later(("a", "b"), staged(a=1, b=(2, 5)), {"a": 2, "b": 3})
+        return verdict.failures(), held(features)
+
+    for failures, found in run_ranks(world_size, rank):
+        assert failures == (ImageFailure("b", NOT_ENCODED),)
+        assert found == {"a": [[24.0] * 4] * 2, "b": [[0.0] * 4] * 3}
+
+
+def test_without_images_there_is_nothing_to_tell():
+    features = store(Communicator(0, 2))  # a collective would fail
+    assert features.encode_later((), ImageStore(), {}) is None
+
+
+def test_an_older_verdict_says_nothing_of_features_encoded_since():
+    features = store(single_rank())
+    verdict = features.encode_later(("x",), staged(x=np.nan), {"x": 2})
     features.encode(("x",), staged(x=1))
-    assert features.fail(check) == (ImageFailure("x", NOT_FINITE),)
+    assert verdict.failures() == (ImageFailure("x", NOT_FINITE),)
     assert held(features) == {"x": [[24.0] * 4] * 2}
 
 
-def test_ranks_that_must_agree_cannot_check_later():
-    with pytest.raises(ValueError, match="world_size = 2: must be one rank"):
-        store(Communicator(0, 2), checks_later=True)
+@pytest.mark.gpu
+def test_a_gpu_is_not_waited_for():
+    features = FeatureStore(
+        vision=Blind(),
+        comm=single_rank(),
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+        hidden_size=4,
+        batch_images=4,
+        data_parallel=True,
+    )
+    images, rows = staged(a=1, b=2, d=(np.nan, 3)), {"a": 2, "b": 2, "c": 7, "d": 3}
+    features.encode_later(("a", "b", "c", "d"), images, rows)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        verdict = features.encode_later(("a", "b", "c", "d"), images, rows).to_host()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert verdict.failures() == (ImageFailure("c", NOT_ENCODED), ImageFailure("d", NOT_FINITE))
+    assert [rows.shape[0] for rows in features.features.values()] == [2, 2, 7, 3]
