@@ -129,7 +129,9 @@ class CacheConfig:
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     max_num_seqs: int = option("int", 256, help="most sequences running at the same time", low=1)
-    max_num_batched_tokens: int = option("int", 8192, help="token budget of one step", low=1)
+    max_num_batched_tokens: int | None = option(
+        "int", None, help="token budget of one step (default: 2048 for each rank that shares it)", low=1
+    )
     max_steps_in_flight: int = option(
         "int", 2, help="steps sent to the ranks before the first one's tokens are known", low=1, high=4
     )

@@ -11,7 +11,16 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from dist_vlm.config import RULES, CacheConfig, ConfigError, EngineConfig, ModelConfig, ParallelConfig, VisionConfig
+from dist_vlm.config import (
+    RULES,
+    CacheConfig,
+    ConfigError,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VisionConfig,
+)
 from dist_vlm.kernels.compiler import find_compiler
 from dist_vlm.kernels.triton_support import triton_found, triton_interpreted
 from dist_vlm.machine import nvidia_gpu_seen, usable_cores
@@ -24,6 +33,9 @@ _log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_GIB = 1.0
 _RESTARTS_AN_HOUR = 2
+# Steps of so many tokens a rank keep the streams' pauses short, and are as fast as longer ones
+# (benchmarks/results/BUDGETS).
+_STEP_TOKENS_A_RANK = 2048
 
 
 def resolved(config: EngineConfig) -> EngineConfig:
@@ -37,6 +49,7 @@ def resolved(config: EngineConfig) -> EngineConfig:
         model=model,
         vision=_resolved_vision(config.vision, spec, model.model),
         cache=_resolved_cache(config.cache, parallel.device, model),
+        scheduler=_resolved_scheduler(config.scheduler, parallel),
         parallel=parallel,
     )
 
@@ -45,7 +58,8 @@ def resolved_without_checkpoint(config: EngineConfig) -> EngineConfig:
     """Decides what needs no checkpoint; the rest stays `auto` or none."""
     parallel = _with_restarts(config)
     cache = _resolved_cache(config.cache, parallel.device, config.model)
-    return dataclasses.replace(config, cache=cache, parallel=parallel)
+    scheduler = _resolved_scheduler(config.scheduler, parallel)
+    return dataclasses.replace(config, cache=cache, scheduler=scheduler, parallel=parallel)
 
 
 def _with_restarts(config: EngineConfig) -> ParallelConfig:
@@ -144,6 +158,12 @@ def _resolved_cache(cache: CacheConfig, device: str, model: ModelConfig) -> Cach
     if device == "cpu" and cache.kv_cache_memory_gib is None:
         return dataclasses.replace(cache, kv_cache_memory_gib=_CPU_KV_CACHE_GIB)
     return cache
+
+
+def _resolved_scheduler(scheduler: SchedulerConfig, parallel: ParallelConfig) -> SchedulerConfig:
+    if scheduler.max_num_batched_tokens is not None:
+        return scheduler
+    return dataclasses.replace(scheduler, max_num_batched_tokens=_STEP_TOKENS_A_RANK * parallel.tensor_parallel_size)
 
 
 def _check_shards(parallel: ParallelConfig, spec: ModelSpec) -> None:

@@ -104,7 +104,7 @@ def test_the_defaults_are_the_decided_ones() -> None:
     config = EngineConfig(model=ModelConfig(model="m"))
     assert (config.model.dtype, config.model.load_format, config.model.max_model_len) == ("auto", "auto", None)
     assert (config.cache.block_size, config.cache.gpu_memory_utilization) == (16, 0.9)
-    assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (256, 8192)
+    assert (config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens) == (256, None)
     assert (config.parallel.tensor_parallel_size, config.parallel.executor) == (1, "ray")
     assert (config.parallel.start_timeout_s, config.parallel.step_timeout_s) == (300.0, 60.0)
     assert (config.vision.max_image_pixels, config.vision.max_images_per_prompt) == (67_108_864, 16)

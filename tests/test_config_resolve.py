@@ -133,6 +133,22 @@ def test_the_ranks_of_a_node_share_its_cores(given: dict[str, int], threads: int
     assert resolved_parallel(parallel).threads_per_rank == threads
 
 
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({}, 2048),
+        ({"tensor_parallel_size": 2}, 4096),
+        ({"tensor_parallel_size": 2, "replicas": 2}, 4096),
+        ({"tensor_parallel_size": 2, "max_num_batched_tokens": 100}, 100),
+    ],
+)
+def test_a_step_has_so_many_tokens_for_each_rank_that_shares_it(
+    tiny_facts: Path, given: dict[str, int], tokens: int
+) -> None:
+    config = resolve(EngineConfig.from_fields(model=str(tiny_facts), device="cpu", **given))
+    assert config.scheduler.max_num_batched_tokens == tokens
+
+
 def test_one_process_without_a_gpu_cannot_use_cuda(tiny_facts: Path) -> None:
     with pytest.raises(ConfigError, match="parallel.device = 'cuda': must be auto or cpu: no NVIDIA GPU is seen here"):
         resolve(config_for(tiny_facts, device="cuda", executor="inline"))

@@ -114,9 +114,6 @@ SERVER_REFUSED: Mapping[str, Refusal] = {
     "middleware": Refusal((None,), "the server loads no code by name; let a proxy in front of it do the work"),
 }
 
-# Fields whose None means "the default" to a caller of the old names, where the field itself takes no None.
-_NONE_MEANS_DEFAULT = ("max_num_batched_tokens",)
-
 
 def engine_config(**arguments: Any) -> EngineConfig:
     """The configuration for flat keyword arguments, as `LLM(...)` takes them.
@@ -127,8 +124,7 @@ def engine_config(**arguments: Any) -> EngineConfig:
     values = {}
     for name, value in arguments.items():
         if name in RULES:
-            if not (value is None and name in _NONE_MEANS_DEFAULT):
-                values[name] = value
+            values[name] = value
         elif name in REFUSED:
             _check_accepted(name, value)
         elif name not in HARMLESS:

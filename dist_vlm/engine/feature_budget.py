@@ -9,7 +9,7 @@ from dist_vlm.workers.models import ModelSpec
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-_DEFAULT_STEPS = 4
+_DEFAULT_STEPS = 16
 _DEFAULT_LIMIT_BYTES = 1 << 30
 
 
@@ -29,11 +29,12 @@ def feature_budget(config: EngineConfig, spec: ModelSpec) -> FeatureBudget:
     """The budget of a resolved configuration.
 
     What one step needs at most is the least: the rows that a whole step's tokens can lie in. A smaller
-    `feature_cache_tokens` means that least; without one, four steps' worth are kept, of at most 1 GiB.
+    `feature_cache_tokens` means that least; without one, sixteen steps' worth are kept, of at most 1 GiB.
     """
     size = spec.image_feature_size
     if size is None:
         return FeatureBudget(0, keeps_unneeded=False)
+    assert config.scheduler.max_num_batched_tokens is not None, "resolve() decides it"
     step_rows = max(config.scheduler.max_num_batched_tokens, size)
     # A run of tokens that begins and ends inside an image touches one more image than it could fill.
     least = (-(-step_rows // size) + 1) * size

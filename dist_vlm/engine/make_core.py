@@ -16,6 +16,7 @@ def make_core(config: EngineConfig, executor: Executor | None = None) -> EngineC
     config: resolved. executor: takes the place of the one the configuration names.
     """
     assert config.model.max_model_len is not None, "resolve() decides it"
+    assert config.scheduler.max_num_batched_tokens is not None, "resolve() decides it"
     budget = feature_budget(config, read_spec(config.model.model))
     return EngineCore(
         executor or executor_for(config),

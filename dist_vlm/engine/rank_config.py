@@ -35,6 +35,7 @@ def rank_config(config: EngineConfig, spec: ModelSpec) -> RankConfig:
     """For rank 0; the executor gives each rank its own number."""
     parallel = config.parallel
     assert config.model.max_model_len is not None, "resolve() decides it"
+    assert config.scheduler.max_num_batched_tokens is not None, "resolve() decides it"
     return RankConfig(
         model=config.model.model,
         dtype=config.model.dtype,

@@ -25,8 +25,8 @@ def budget(facts_7b):
 @pytest.mark.parametrize(
     ("max_num_batched_tokens", "dtype", "rows"),
     [
-        (8192, "bfloat16", 4 * 8192),
-        (100, "bfloat16", 4 * 576),
+        (2048, "bfloat16", 16 * 2048),
+        (100, "bfloat16", 16 * 576),
         (65536, "bfloat16", (1 << 30) // (4096 * 2)),
         (65536, "float16", (1 << 30) // (4096 * 2)),
         (32768, "float32", (1 << 30) // (4096 * 4)),
@@ -34,7 +34,7 @@ def budget(facts_7b):
         (200_000, "bfloat16", (348 + 1) * 576),
     ],
 )
-def test_four_steps_worth_are_kept_by_default(budget, max_num_batched_tokens, dtype, rows):
+def test_sixteen_steps_worth_are_kept_by_default(budget, max_num_batched_tokens, dtype, rows):
     found = budget(max_num_batched_tokens=max_num_batched_tokens, dtype=dtype)
     assert found == FeatureBudget(rows, keeps_unneeded=True)
 
