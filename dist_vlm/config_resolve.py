@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 _CPU_KV_CACHE_GIB = 1.0
 _RESTARTS_AN_HOUR = 2
 # Steps of so many tokens a rank keep the streams' pauses short, and are as fast as longer ones
-# (benchmarks/results/BUDGETS).
+# (benchmarks/results/2026-11-30-h200*-throughput-budget-*.json).
 _STEP_TOKENS_A_RANK = 2048
 
 
