@@ -19,10 +19,14 @@ from torch import Tensor
 from dist_vlm.kernels.early_start_triton import await_previous, launch_early, start_next
 from dist_vlm.kernels.new_tokens_triton import NO_NEW_TOKENS, NewTokens, take_new, turned
 from dist_vlm.kernels.paged_plan_triton import VARYING, DecodeSet, TritonPlan
+from dist_vlm.kernels.triton_support import triton_interpreted
 
-# Programs that fill a GPU when it decodes; parts are added until the batch has as many.
-_WANTED_PROGRAMS = 528
-_MAX_PARTS = 16
+# Programs that fill a GPU when it decodes; parts are added until the batch has as many. Interpreted, each costs time.
+_WANTED_PROGRAMS = 32 if triton_interpreted() else 1056
+_MAX_PARTS = 32
+# Least tiles of positions of a part, with one query head a KV head; with more, a tile is longer.
+_LEAST_TILES = 3
+_JOIN_WARPS = 4
 
 
 def attend_singles(
@@ -46,6 +50,8 @@ def attend_singles(
     if parts > 1:
         partial = torch.empty((num_seqs, heads, parts, head_dim + 2), dtype=torch.float32, device=q.device)
     exact = q.dtype == torch.float32
+    positions = 16 if group == 1 else 32 if exact or wide > 128 else 64
+    least = positions * (_LEAST_TILES if group == 1 else 1)
     kernel = _decode_kernel if group == 1 else _decode_group_kernel
     kernel[(kv_heads, num_seqs, parts)](
         q,
@@ -75,17 +81,18 @@ def attend_singles(
         block_size=plan.block_size,
         head_dim=head_dim,
         wide=wide,
-        positions=16 if group == 1 else 32 if exact or wide > 128 else 64,
+        positions=positions,
+        least=least,
         stages=3 if group == 1 else 2,
         precision="ieee" if exact else "tf32",
         num_warps=2 if group == 1 else 4,
         **launch_early(),
     )
     if parts > 1:
-        _join(partial, out, decodes)
+        _join(partial, out, decodes, positions=positions, least=least)
 
 
-def _join(partial: Tensor, out: Tensor, decodes: DecodeSet) -> None:
+def _join(partial: Tensor, out: Tensor, decodes: DecodeSet, *, positions: int, least: int) -> None:
     """partial: float32 [N, heads, parts, D + 2], of each part its sum, its highest score and its weight."""
     num_seqs, heads, parts, numbers = partial.shape
     _join_kernel[(heads, num_seqs)](
@@ -93,13 +100,17 @@ def _join(partial: Tensor, out: Tensor, decodes: DecodeSet) -> None:
         out,
         decodes.contexts if decodes.tokens is None else decodes.tokens,
         1 if decodes.tokens is None else decodes.tokens.stride(0),
+        decodes.contexts,
+        decodes.contexts.stride(0),
         parts,
         first_rows=decodes.tokens is None,
+        positions=positions,
+        least=least,
         heads=heads,
-        parts_wide=_MAX_PARTS,
+        parts_wide=triton.next_power_of_2(parts),
         head_dim=numbers - 2,
         wide=triton.next_power_of_2(max(16, numbers - 2)),
-        num_warps=2,
+        num_warps=_JOIN_WARPS,
         **launch_early(),
     )
 
@@ -150,6 +161,7 @@ def _decode_kernel(
     head_dim: tl.constexpr,
     wide: tl.constexpr,
     positions: tl.constexpr,
+    least: tl.constexpr,
     stages: tl.constexpr,
     precision: tl.constexpr,
     early: tl.constexpr = False,
@@ -173,7 +185,7 @@ def _decode_kernel(
         sin += row * sin_stride
         query = turned(queries, columns, in_head, cos, sin, half).to(kind).to(tl.float32)
     query *= scale
-    size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
+    size = _part_size(context, parts if is_split else 1, positions, least)
     begin = part * size
     end = tl.minimum(begin + size, context)
     has_new = False
@@ -222,7 +234,7 @@ def _decode_kernel(
     if not is_split:
         result = result / tl.where(total == 0, 1.0, total)
         tl.store(out + (row * kv_heads + head) * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
-    else:
+    elif begin < context:
         place = ((index.to(tl.int64) * kv_heads + head) * parts + part) * (head_dim + 2)
         tl.store(out + place + columns, result, mask=in_head)
         tl.store(out + place + head_dim, highest)
@@ -270,6 +282,7 @@ def _decode_group_kernel(
     head_dim: tl.constexpr,
     wide: tl.constexpr,
     positions: tl.constexpr,
+    least: tl.constexpr,
     stages: tl.constexpr,
     precision: tl.constexpr,
     early: tl.constexpr = False,
@@ -292,7 +305,7 @@ def _decode_group_kernel(
         cos += row * cos_stride
         sin += row * sin_stride
         queries = turned(heads_of_q, columns[None, :], head_mask, cos, sin, half).to(kind)
-    size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
+    size = _part_size(context, parts if is_split else 1, positions, least)
     begin = part * size
     end = tl.minimum(begin + size, context)
     has_new = False
@@ -339,7 +352,7 @@ def _decode_group_kernel(
         result = acc / tl.where(weight == 0, 1.0, weight)[:, None]
         place = row * (kv_heads * group * head_dim) + head[:, None] * head_dim + columns[None, :]
         tl.store(out + place, result.to(out.dtype.element_ty), mask=head_mask)
-    else:
+    elif begin < context:
         place = ((index.to(tl.int64) * (kv_heads * group) + head) * parts + part) * (head_dim + 2)
         in_group = tl.arange(0, group_wide) < group
         tl.store(out + place[:, None] + columns[None, :], acc, mask=head_mask)
@@ -353,8 +366,12 @@ def _join_kernel(
     out,
     tokens,
     token_step,
+    contexts,
+    context_step,
     parts,
     first_rows: tl.constexpr,
+    positions: tl.constexpr,
+    least: tl.constexpr,
     heads: tl.constexpr,
     parts_wide: tl.constexpr,
     head_dim: tl.constexpr,
@@ -369,7 +386,8 @@ def _join_kernel(
     columns = tl.arange(0, wide)
     in_head = columns < head_dim
     place = ((index.to(tl.int64) * heads + head) * parts + part) * (head_dim + 2)
-    exists = part < parts
+    context = tl.load(contexts + index * context_step).to(tl.int32)
+    exists = (part < parts) & (part * _part_size(context, parts, positions, least) < context)
     best = tl.load(partial + place + head_dim, mask=exists, other=float("-inf"))
     weight = tl.load(partial + place + head_dim + 1, mask=exists, other=0.0)
     acc = tl.load(partial + place[:, None] + columns[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
@@ -379,3 +397,9 @@ def _join_kernel(
     total = tl.sum(weight * factor, 0)
     result = tl.sum(acc * factor[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(out + row * (heads * head_dim) + head * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
+
+
+@triton.jit
+def _part_size(context, parts, positions: tl.constexpr, least: tl.constexpr):
+    """Positions of a part: whole tiles. Parts that begin behind the context are not there."""
+    return tl.maximum(tl.cdiv(tl.cdiv(context, parts), positions) * positions, least)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dist_vlm.kernels import attention_triton as attention_triton_module
+from dist_vlm.kernels import paged_decode_triton
 from dist_vlm.kernels.attention_triton import attention_triton
 from dist_vlm.kernels.choice import IMPLEMENTATIONS
 from dist_vlm.kernels.paged_attention import plan_attention_reference
@@ -97,8 +98,9 @@ def test_heads_of_any_size_of_which_a_part_is_rotated(heads, kv_heads, head_dim,
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_many_sequences_which_are_not_cut_into_parts(kv_heads) -> None:
-    count = 280 // kv_heads
+def test_many_sequences_which_are_not_cut_into_parts(kv_heads, monkeypatch) -> None:
+    monkeypatch.setattr(paged_decode_triton, "_WANTED_PROGRAMS", 64)
+    count = 36 // kv_heads
     assert num_parts(count * kv_heads) == 1
     case = Case([7 * index % 60 + 1 for index in range(count)], kv_heads=kv_heads, head_dim=16)
     assert_same(case, case.actual(), case.expected())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_vlm.kernels import paged_prefill_triton
+from dist_vlm.kernels import paged_decode_triton, paged_prefill_triton
 from dist_vlm.kernels.paged_attention import paged_attention_reference, plan_attention_reference
 from dist_vlm.kernels.paged_attention_triton import paged_attention_triton
 from dist_vlm.kernels.paged_decode_triton import num_parts
@@ -49,10 +49,12 @@ def test_several_tiles(sequences, dtype, few_programs, monkeypatch) -> None:
     compare(sequences, heads=2, kv_heads=1, head_dim=16, dtype=dtype)
 
 
-def test_positions_in_parts() -> None:
+def test_positions_in_parts(monkeypatch) -> None:
     """Contexts shorter and longer than the parts, and parts without a position."""
-    assert num_parts(4) == 16
+    monkeypatch.setattr(paged_decode_triton, "_WANTED_PROGRAMS", 1056)
+    assert num_parts(4) == 32
     compare([(1, 700), (1, 1), (1, 65)], heads=2, kv_heads=1, head_dim=32)
+    compare([(1, 2050), (1, 47), (1, 48), (1, 49), (1, 96)], heads=2, kv_heads=2, head_dim=16)
     compare([(1, 129), (1, 200)], heads=2, kv_heads=2, head_dim=32, dtype=torch.bfloat16)
 
 
