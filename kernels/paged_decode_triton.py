@@ -23,10 +23,7 @@ from dist_vlm.kernels.triton_support import triton_interpreted
 
 # Programs that fill a GPU when it decodes; parts are added until the batch has as many. Interpreted, each costs time.
 _WANTED_PROGRAMS = 32 if triton_interpreted() else 1056
-_MAX_PARTS = 32
-# Least tiles of positions of a part, with one query head a KV head; with more, a tile is longer.
-_LEAST_TILES = 3
-_JOIN_WARPS = 4
+_MAX_PARTS, _FEW_PARTS = 32, 8
 
 
 def attend_singles(
@@ -50,8 +47,6 @@ def attend_singles(
     if parts > 1:
         partial = torch.empty((num_seqs, heads, parts, head_dim + 2), dtype=torch.float32, device=q.device)
     exact = q.dtype == torch.float32
-    positions = 16 if group == 1 else 32 if exact or wide > 128 else 64
-    least = positions * (_LEAST_TILES if group == 1 else 1)
     kernel = _decode_kernel if group == 1 else _decode_group_kernel
     kernel[(kv_heads, num_seqs, parts)](
         q,
@@ -81,18 +76,17 @@ def attend_singles(
         block_size=plan.block_size,
         head_dim=head_dim,
         wide=wide,
-        positions=positions,
-        least=least,
+        positions=16 if group == 1 else 32 if exact or wide > 128 else 64,
         stages=3 if group == 1 else 2,
         precision="ieee" if exact else "tf32",
         num_warps=2 if group == 1 else 4,
         **launch_early(),
     )
     if parts > 1:
-        _join(partial, out, decodes, positions=positions, least=least)
+        _join(partial, out, decodes)
 
 
-def _join(partial: Tensor, out: Tensor, decodes: DecodeSet, *, positions: int, least: int) -> None:
+def _join(partial: Tensor, out: Tensor, decodes: DecodeSet) -> None:
     """partial: float32 [N, heads, parts, D + 2], of each part its sum, its highest score and its weight."""
     num_seqs, heads, parts, numbers = partial.shape
     _join_kernel[(heads, num_seqs)](
@@ -100,17 +94,13 @@ def _join(partial: Tensor, out: Tensor, decodes: DecodeSet, *, positions: int, l
         out,
         decodes.contexts if decodes.tokens is None else decodes.tokens,
         1 if decodes.tokens is None else decodes.tokens.stride(0),
-        decodes.contexts,
-        decodes.contexts.stride(0),
         parts,
         first_rows=decodes.tokens is None,
-        positions=positions,
-        least=least,
         heads=heads,
-        parts_wide=triton.next_power_of_2(parts),
+        parts_wide=_MAX_PARTS if parts > _FEW_PARTS else _FEW_PARTS,
         head_dim=numbers - 2,
         wide=triton.next_power_of_2(max(16, numbers - 2)),
-        num_warps=_JOIN_WARPS,
+        num_warps=2,
         **launch_early(),
     )
 
@@ -161,7 +151,6 @@ def _decode_kernel(
     head_dim: tl.constexpr,
     wide: tl.constexpr,
     positions: tl.constexpr,
-    least: tl.constexpr,
     stages: tl.constexpr,
     precision: tl.constexpr,
     early: tl.constexpr = False,
@@ -185,7 +174,7 @@ def _decode_kernel(
         sin += row * sin_stride
         query = turned(queries, columns, in_head, cos, sin, half).to(kind).to(tl.float32)
     query *= scale
-    size = _part_size(context, parts if is_split else 1, positions, least)
+    size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
     begin = part * size
     end = tl.minimum(begin + size, context)
     has_new = False
@@ -234,7 +223,7 @@ def _decode_kernel(
     if not is_split:
         result = result / tl.where(total == 0, 1.0, total)
         tl.store(out + (row * kv_heads + head) * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
-    elif begin < context:
+    else:
         place = ((index.to(tl.int64) * kv_heads + head) * parts + part) * (head_dim + 2)
         tl.store(out + place + columns, result, mask=in_head)
         tl.store(out + place + head_dim, highest)
@@ -282,7 +271,6 @@ def _decode_group_kernel(
     head_dim: tl.constexpr,
     wide: tl.constexpr,
     positions: tl.constexpr,
-    least: tl.constexpr,
     stages: tl.constexpr,
     precision: tl.constexpr,
     early: tl.constexpr = False,
@@ -305,7 +293,7 @@ def _decode_group_kernel(
         cos += row * cos_stride
         sin += row * sin_stride
         queries = turned(heads_of_q, columns[None, :], head_mask, cos, sin, half).to(kind)
-    size = _part_size(context, parts if is_split else 1, positions, least)
+    size = tl.cdiv(tl.cdiv(context, parts) if is_split else context, positions) * positions
     begin = part * size
     end = tl.minimum(begin + size, context)
     has_new = False
@@ -352,7 +340,7 @@ def _decode_group_kernel(
         result = acc / tl.where(weight == 0, 1.0, weight)[:, None]
         place = row * (kv_heads * group * head_dim) + head[:, None] * head_dim + columns[None, :]
         tl.store(out + place, result.to(out.dtype.element_ty), mask=head_mask)
-    elif begin < context:
+    else:
         place = ((index.to(tl.int64) * (kv_heads * group) + head) * parts + part) * (head_dim + 2)
         in_group = tl.arange(0, group_wide) < group
         tl.store(out + place[:, None] + columns[None, :], acc, mask=head_mask)
@@ -366,12 +354,8 @@ def _join_kernel(
     out,
     tokens,
     token_step,
-    contexts,
-    context_step,
     parts,
     first_rows: tl.constexpr,
-    positions: tl.constexpr,
-    least: tl.constexpr,
     heads: tl.constexpr,
     parts_wide: tl.constexpr,
     head_dim: tl.constexpr,
@@ -386,8 +370,7 @@ def _join_kernel(
     columns = tl.arange(0, wide)
     in_head = columns < head_dim
     place = ((index.to(tl.int64) * heads + head) * parts + part) * (head_dim + 2)
-    context = tl.load(contexts + index * context_step).to(tl.int32)
-    exists = (part < parts) & (part * _part_size(context, parts, positions, least) < context)
+    exists = part < parts
     best = tl.load(partial + place + head_dim, mask=exists, other=float("-inf"))
     weight = tl.load(partial + place + head_dim + 1, mask=exists, other=0.0)
     acc = tl.load(partial + place[:, None] + columns[None, :], mask=exists[:, None] & in_head[None, :], other=0.0)
@@ -397,9 +380,3 @@ def _join_kernel(
     total = tl.sum(weight * factor, 0)
     result = tl.sum(acc * factor[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(out + row * (heads * head_dim) + head * head_dim + columns, result.to(out.dtype.element_ty), mask=in_head)
-
-
-@triton.jit
-def _part_size(context, parts, positions: tl.constexpr, least: tl.constexpr):
-    """Positions of a part: whole tiles. Parts that begin behind the context are not there."""
-    return tl.maximum(tl.cdiv(tl.cdiv(context, parts), positions) * positions, least)
