@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -94,10 +95,11 @@ class LaunchedStep:
 
     def _completed(self, result: StepResult, computed: Computed) -> StepResult:
         failures = self._failures(computed.status)
+        prompt_logprobs = self._prompt_logprobs(computed, failures)
         return dataclasses.replace(
             result,
             sampled=self._sampled(computed, failures),
-            prompt_logprobs=self._prompt_logprobs(computed, failures),
+            prompt_logprobs=prompt_logprobs,
             slot_failures=tuple(SlotFailure(slot, reason) for slot, reason in failures.items()),
         )
 
@@ -125,10 +127,16 @@ class LaunchedStep:
             if slot not in failures
         )
 
-    def _prompt_logprobs(self, computed: Computed, failures: Mapping[int, str]) -> tuple[PromptLogprobs, ...]:
+    def _prompt_logprobs(self, computed: Computed, failures: dict[int, str]) -> tuple[PromptLogprobs, ...]:
+        """Adds to `failures` the slots whose log probabilities are no numbers: a slice that samples nothing has no
+        status of its logits."""
         told = []
         for rows, parts in computed.prompt_logprobs:
-            if rows.slot not in failures:
-                entries: list[TokenLogprobs] = [entry for part in parts for entry in part.read()]
+            if rows.slot in failures:
+                continue
+            entries: list[TokenLogprobs] = [entry for part in parts for entry in part.read()]
+            if any(math.isnan(entry.logprob) for entry in entries):
+                failures[rows.slot] = SLOT_FAILURES[NOT_FINITE]
+            else:
                 told.append(PromptLogprobs(rows.slot, rows.start, tuple(entries)))
         return tuple(told)

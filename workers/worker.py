@@ -140,6 +140,8 @@ class Worker:
         with self._stage_named("allocate"):
             self._enter_thread()
             self._runner.allocate(num_blocks)
+            if self._comm is not None:
+                self._comm.check()  # the runner may have made collectives
         if self._config.device == "cpu":
             keep_freed_memory()  # from here on: what loading freed is not wanted back
 

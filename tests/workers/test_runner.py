@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dist_vlm.executor.agreement import agreed
 from dist_vlm.workers import pack as pack_module
 from dist_vlm.workers import runner as runner_module
+from dist_vlm.workers import wire
 from dist_vlm.workers.comm import single_rank
 from dist_vlm.workers.config import RankConfig
 from dist_vlm.workers.models import CheckpointError
@@ -271,3 +274,21 @@ def test_of_images_found_guilty_when_the_step_has_ended_nothing_is_left_once_dro
     assert tokens_by_slot(step(loaded, plan))[0] == tokens_by_slot(result)[1]
     step(loaded, StepPlan(3, release=(0, 1), drop_features=("bad", "wrong", "x", "good")))
     assert loaded.features.features == {}
+
+
+def test_ranks_agree_on_log_probabilities_that_are_no_numbers(loaded: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chunk that samples nothing, behind an image whose features are not finite, which nobody knows yet."""
+    monkeypatch.setattr(loaded, "_encodes_later", True)
+    loaded.stage("bad", "pixel_values", np.full_like(pixels(0), np.nan))
+    asking = NewSequence(0, PROMPT, len(PROMPT), (ImageSpan("bad", 1, 16),), SamplingRow(prompt_logprobs=1))
+    first = step(loaded, StepPlan(0, new=(asking,), encode=("bad",), slices=(Slice(0, 0, 12, (0,), False),)))
+    then = step(loaded, StepPlan(1, slices=(Slice(0, 12, 6, (1,), False),)))  # sent before the first was read
+    step(loaded, StepPlan(2, release=(0,), drop_features=("bad",)))
+    for result in (first, then):
+        assert result.prompt_logprobs == ()
+        assert [(failure.slot, failure.reason) for failure in result.slot_failures] == [
+            (0, "the model's logits are not finite numbers")
+        ]
+        copies = [dataclasses.replace(wire.decode(StepResult, wire.encode(result)), rank=rank) for rank in range(2)]
+        assert agreed(copies, result.step_id) == copies[0]
+    assert [failure.image for failure in first.image_failures] == ["bad"]
