@@ -84,7 +84,8 @@ class VisionConfig:
     feature_cache_tokens: int | None = option(
         "int",
         None,
-        help="encoded pictures kept for later requests, in placeholder tokens (none: four steps' worth; 0: none kept)",
+        help="encoded pictures kept for later requests, in placeholder tokens (none: 32768 or four steps' worth, of at "
+        "most 1 GiB; 0: none kept)",
         low=0,
     )
     vision_data_parallel: bool = option(
@@ -130,7 +131,10 @@ class CacheConfig:
 class SchedulerConfig:
     max_num_seqs: int = option("int", 256, help="most sequences running at the same time", low=1)
     max_num_batched_tokens: int | None = option(
-        "int", None, help="token budget of one step (default: 2048 for each rank that shares it)", low=1
+        "int",
+        None,
+        help="token budget of one step (none: 2048 for each GPU of a replica, at least max_num_seqs)",
+        low=1,
     )
     max_steps_in_flight: int = option(
         "int", 2, help="steps sent to the ranks before the first one's tokens are known", low=1, high=4

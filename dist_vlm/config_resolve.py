@@ -33,9 +33,9 @@ _log = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_GIB = 1.0
 _RESTARTS_AN_HOUR = 2
-# Steps of so many tokens a rank keep the streams' pauses short, and are as fast as longer ones
+# Steps of so many tokens a GPU keep the streams' pauses short, and are as fast as longer ones
 # (benchmarks/results/2026-11-30-h200*-throughput-budget-*.json).
-_STEP_TOKENS_A_RANK = 2048
+_STEP_TOKENS_A_GPU = 2048
 
 
 def resolved(config: EngineConfig) -> EngineConfig:
@@ -163,7 +163,10 @@ def _resolved_cache(cache: CacheConfig, device: str, model: ModelConfig) -> Cach
 def _resolved_scheduler(scheduler: SchedulerConfig, parallel: ParallelConfig) -> SchedulerConfig:
     if scheduler.max_num_batched_tokens is not None:
         return scheduler
-    return dataclasses.replace(scheduler, max_num_batched_tokens=_STEP_TOKENS_A_RANK * parallel.tensor_parallel_size)
+    # CPU ranks, and ranks on one GPU, share what computes.
+    num_devices = parallel.tensor_parallel_size if parallel.device == "cuda" and not parallel.share_gpu else 1
+    tokens = max(_STEP_TOKENS_A_GPU * num_devices, scheduler.max_num_seqs)
+    return dataclasses.replace(scheduler, max_num_batched_tokens=tokens)
 
 
 def _check_shards(parallel: ParallelConfig, spec: ModelSpec) -> None:

@@ -137,15 +137,18 @@ def test_the_ranks_of_a_node_share_its_cores(given: dict[str, int], threads: int
     ("given", "tokens"),
     [
         ({}, 2048),
-        ({"tensor_parallel_size": 2}, 4096),
-        ({"tensor_parallel_size": 2, "replicas": 2}, 4096),
+        ({"tensor_parallel_size": 2}, 2048),  # of the machine's cores
+        ({"tensor_parallel_size": 2, "device": "cuda", "kernels": "torch"}, 4096),
+        ({"tensor_parallel_size": 2, "device": "cuda", "kernels": "torch", "replicas": 2}, 4096),
+        ({"tensor_parallel_size": 2, "device": "cuda", "kernels": "torch", "share_gpu": True}, 2048),
+        ({"tensor_parallel_size": 2, "device": "cuda", "kernels": "torch", "max_num_seqs": 5000}, 5000),
         ({"tensor_parallel_size": 2, "max_num_batched_tokens": 100}, 100),
     ],
 )
-def test_a_step_has_so_many_tokens_for_each_rank_that_shares_it(
-    tiny_facts: Path, given: dict[str, int], tokens: int
+def test_a_step_has_so_many_tokens_for_each_gpu_that_shares_it(
+    tiny_facts: Path, given: dict[str, Any], tokens: int
 ) -> None:
-    config = resolve(EngineConfig.from_fields(model=str(tiny_facts), device="cpu", **given))
+    config = resolve(EngineConfig.from_fields(model=str(tiny_facts), **({"device": "cpu"} | given)))
     assert config.scheduler.max_num_batched_tokens == tokens
 
 

@@ -9,7 +9,8 @@ from dist_vlm.workers.models import ModelSpec
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-_DEFAULT_STEPS = 16
+_DEFAULT_STEPS = 4
+_DEFAULT_ROWS = 32768
 _DEFAULT_LIMIT_BYTES = 1 << 30
 
 
@@ -29,7 +30,8 @@ def feature_budget(config: EngineConfig, spec: ModelSpec) -> FeatureBudget:
     """The budget of a resolved configuration.
 
     What one step needs at most is the least: the rows that a whole step's tokens can lie in. A smaller
-    `feature_cache_tokens` means that least; without one, sixteen steps' worth are kept, of at most 1 GiB.
+    `feature_cache_tokens` means that least; without one, 32768 are kept, or four steps' worth where that is more, of at
+    most 1 GiB.
     """
     size = spec.image_feature_size
     if size is None:
@@ -41,5 +43,5 @@ def feature_budget(config: EngineConfig, spec: ModelSpec) -> FeatureBudget:
     wanted = config.vision.feature_cache_tokens
     if wanted is None:
         row_bytes = spec.hidden_size * ITEM_BYTES[config.model.dtype]
-        wanted = min(_DEFAULT_STEPS * step_rows, _DEFAULT_LIMIT_BYTES // row_bytes)
+        wanted = min(max(_DEFAULT_ROWS, _DEFAULT_STEPS * step_rows), _DEFAULT_LIMIT_BYTES // row_bytes)
     return FeatureBudget(max(wanted, least), keeps_unneeded=wanted > 0)

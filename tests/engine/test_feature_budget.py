@@ -25,8 +25,10 @@ def budget(facts_7b):
 @pytest.mark.parametrize(
     ("max_num_batched_tokens", "dtype", "rows"),
     [
-        (2048, "bfloat16", 16 * 2048),
-        (100, "bfloat16", 16 * 576),
+        (2048, "bfloat16", 32768),
+        (8192, "bfloat16", 4 * 8192),
+        (16384, "bfloat16", 4 * 16384),
+        (100, "bfloat16", 32768),
         (65536, "bfloat16", (1 << 30) // (4096 * 2)),
         (65536, "float16", (1 << 30) // (4096 * 2)),
         (32768, "float32", (1 << 30) // (4096 * 4)),
@@ -34,7 +36,7 @@ def budget(facts_7b):
         (200_000, "bfloat16", (348 + 1) * 576),
     ],
 )
-def test_sixteen_steps_worth_are_kept_by_default(budget, max_num_batched_tokens, dtype, rows):
+def test_some_steps_worth_are_kept_by_default(budget, max_num_batched_tokens, dtype, rows):
     found = budget(max_num_batched_tokens=max_num_batched_tokens, dtype=dtype)
     assert found == FeatureBudget(rows, keeps_unneeded=True)
 
