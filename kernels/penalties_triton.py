@@ -68,6 +68,7 @@ def _penalise_kernel(logits, stride, vocab, token_ids, token_stride, settings, c
     lanes = tl.arange(0, tile)
     # Without a penalty of repetition the prompt does not count.
     first = tl.where(repetition != 1, 0, begin)
+    most = tl.where(repetition != 1, _MAX, float("inf"))
     for start in range(first, end, tile):
         places = start + lanes
         ids, counting = _known(token_ids, places, end, vocab)
@@ -80,7 +81,7 @@ def _penalise_kernel(logits, stride, vocab, token_ids, token_stride, settings, c
         is_first = counting & (count != 0)
         x = tl.load(logits + ids, mask=is_first, other=0.0)
         repeated = tl.where(x < 0, x * repetition, tl.div_rn(x, repetition))
-        x = tl.where(repeated > _MAX, _MAX, repeated)
+        x = tl.where(repeated > most, most, repeated)
         generated = (count & (_SEEN - 1)).to(tl.float32)
         x = tl.where(generated > 0, x - (presence + frequency * generated), x)
         tl.store(logits + ids, x, mask=is_first)

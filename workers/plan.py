@@ -116,7 +116,7 @@ class StepPlan:
     new: sequences that take a slot.
     slices: at most one for each slot.
     release: slots to forget; a slot may be released and taken in one plan.
-    encode: content keys of staged images to encode before the slices run.
+    encode: content keys of staged images to encode before the slices run, of which each lies under one.
     drop_features: content keys whose features are no longer needed, or that could not be encoded.
     copy_blocks: (source, destination) block ids, copied in order.
     """

@@ -52,9 +52,12 @@ def rehearsal_plans(spec: ModelSpec, config: RankConfig) -> tuple[StepPlan, Step
     encode: list[str] = []
     left = config.max_num_batched_tokens
     for slot in range(config.max_num_seqs):
-        count, images = _next_sequence(spec, min(left, config.max_model_len), key=f"rehearsed {slot}")
+        most = min(left, config.max_model_len)
+        count, images = _next_sequence(spec, most, key=f"rehearsed {slot}")
         if not count:
             break
+        if slot == config.max_num_seqs - 1:
+            count = most
         sampling = _DRAWN if slot == 0 else SamplingRow()
         new.append(NewSequence(slot, (0,) * count, count, images, sampling))
         encode += [image.image for image in images]

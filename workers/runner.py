@@ -153,7 +153,8 @@ class Runner:
         self._record()
         if self.device.type == "cuda":
             self._record_ahead()
-            rehearse(self)
+            if self.config.kernels != "reference":  # which takes minutes for a step
+                rehearse(self)
 
     def _record(self) -> None:
         """Records decode steps now, and steps of few tokens as they come, where ops and collectives allow it."""
@@ -241,8 +242,9 @@ class Runner:
         """Whether the images under a slice have features. A slot that once lacked one stays idle until it is
         released: the driver may have sent more of it before it learnt of the failure.
 
-        Ranks agree on failed images before this, so that they all leave out the same slices; a slot that failed on one
-        rank alone is computed on, since the others do not know yet."""
+        Where ranks wait to agree on failed images, they have done so before this, and leave out the same slices; where
+        they do not, all have something in place of a failed image's features, and leave out none. A slot that failed on
+        one rank alone is computed on, since the others do not know yet."""
         sequence = self.slots.sequence(piece.slot)
         if not sequence.failed and piece.start < sequence.images_end:
             end = piece.start + piece.count

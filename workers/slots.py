@@ -19,7 +19,7 @@ class Sequence:
 
     images_end: the first position behind all images.
     is_greedy: see `dist_vlm.workers.sampler.is_greedy`.
-    failed: an image it needed could not be encoded; nothing more of it is computed.
+    failed: an image it needed has no features, for it could not be encoded; nothing more of it is computed.
     """
 
     num_prompt_tokens: int

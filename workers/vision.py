@@ -97,7 +97,7 @@ class FeatureStore:
 
     def drop(self, keys: Sequence[str]) -> None:
         for key in keys:
-            self.features.pop(key, None)  # one that failed was never held; the driver may not know yet
+            self.features.pop(key, None)  # one that failed may not be held
 
     def encode(self, keys: Sequence[str], images: ImageStore) -> tuple[ImageFailure, ...]:
         """Encodes staged images and returns those that failed on any rank, the same list on every rank.
@@ -121,7 +121,7 @@ class FeatureStore:
 
     def encode_later(self, keys: Sequence[str], images: ImageStore, num_rows: Mapping[str, int]) -> Verdict | None:
         """Enqueues the encoding of staged images, and tells once the device has come so far which of them failed. None
-        without images. The collectives are those of `encode`.
+        without images. The collectives are those of `encode`, but that failed images are gathered too.
 
         num_rows: feature rows of each image, as its span in a sequence has them. Every rank then holds features of
             every image, those of a failed one zeros or not finite: all compute the same slices until it is dropped.
@@ -140,7 +140,8 @@ class FeatureStore:
         if self._is_split(keys):
             self.features.update(self._gather(keys, {key: num_rows[key] for key in keys}, done))
         else:
-            self.features.update({key: done.features.get(key, self._zeros(num_rows[key])) for key in keys})
+            for key in keys:
+                self.features[key] = done.features[key] if key in done.features else self._zeros(num_rows[key])
         return verdict
 
     def _is_split(self, keys: Sequence[str]) -> bool:

@@ -103,7 +103,7 @@ class Ledger:
             self._require(source != destination, f"block {source} is copied onto itself")
         for sequence in plan.new:
             self._take(sequence)
-        image_failures = self._encode(plan.encode)
+        image_failures = self._encode(plan)
         sampled, prompt_logprobs, slot_failures = self._run(plan)
         return StepResult(
             step_id=plan.step_id,
@@ -161,12 +161,20 @@ class Ledger:
             end = span.end
         self.slots[slot] = _Slot(sequence.images, list(sequence.token_ids), prompt, sequence.sampling)
 
-    def _encode(self, keys: tuple[str, ...]) -> list[ImageFailure]:
-        self._require(len(set(keys)) == len(keys), "an image is encoded twice")
+    def _encode(self, plan: StepPlan) -> list[ImageFailure]:
+        self._require(len(set(plan.encode)) == len(plan.encode), "an image is encoded twice")
+        needed = {
+            span.image
+            for piece in plan.slices
+            if piece.slot in self.slots
+            for span in self.slots[piece.slot].images
+            if span.start < piece.start + piece.count and span.end > piece.start
+        }
         failures = []
-        for key in keys:
+        for key in plan.encode:
             self._require(key in self.staged, f"image {key!r} is encoded and not staged on every rank")
             self._require(key not in self.features, f"image {key!r} is encoded and its features are held already")
+            self._require(key in needed, f"image {key!r} is encoded and lies under no slice")
             reason = self.script.image_failure(key)
             if reason is None:
                 self._failed_images.pop(key, None)

@@ -61,6 +61,10 @@ REFUSED = [
     (StepPlan(1, new=(sequence(1, 12),), slices=(Slice(1, 0, 11, (4, 5, 6), False),)), "max_num_batched_tokens = 10"),
     (StepPlan(1, encode=("dog",)), "'dog' is encoded and not staged"),
     (StepPlan(1, encode=("cat", "cat")), "encoded twice"),
+    (
+        StepPlan(1, new=(sequence(1, 6, SPAN),), encode=("cat",), slices=(Slice(1, 0, 1, (4,), False),)),
+        "'cat' is encoded and lies under no slice",
+    ),
     (StepPlan(1, drop_features=("cat",)), "'cat' are dropped and not held"),
     (StepPlan(1, copy_blocks=((2, 9),)), "block 9 is outside"),
     (StepPlan(1, copy_blocks=((2, 2),)), "copied onto itself"),
@@ -82,7 +86,7 @@ def test_a_slice_before_the_image_needs_no_features(fake: FakeExecutor) -> None:
 
 
 def test_features_are_encoded_once(fake: FakeExecutor) -> None:
-    fake.submit(StepPlan(1, encode=("cat",)))
+    fake.submit(StepPlan(1, new=(sequence(1, 6, SPAN),), encode=("cat",), slices=(Slice(1, 0, 4, (4,), False),)))
     with pytest.raises(ContractError, match="features are held already"):
         fake.submit(StepPlan(2, encode=("cat",)))
 
@@ -120,7 +124,7 @@ def test_refused_calls(fake: FakeExecutor, call: Callable[[FakeExecutor], object
 
 
 def test_an_image_is_not_unstaged_under_a_plan_that_encodes_it(fake: FakeExecutor) -> None:
-    fake.submit(StepPlan(1, encode=("cat",)))
+    fake.submit(StepPlan(1, new=(sequence(1, 6, SPAN),), encode=("cat",), slices=(Slice(1, 0, 4, (4,), False),)))
     with pytest.raises(ContractError, match="an uncollected plan encodes it"):
         fake.unstage("cat")
     fake.collect()

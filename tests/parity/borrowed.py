@@ -62,7 +62,6 @@ class BorrowedExecutor(Executor):
         self._num_in_flight -= 1
         result = dataclasses.replace(result, step_id=result.step_id - self._offset)
         self.results.append(result)
-        self._features.difference_update(failure.image for failure in result.image_failures)
         return result
 
     def set_processors(self, name: str, processors: Sequence[Callable[..., Any]] | None) -> None:

@@ -28,7 +28,7 @@ def started(model: Path, **changes: object) -> Runner:
     ("budget", "num_seqs", "max_model_len", "lengths", "num_images"),
     [
         (64, 4, 64, [48, 16], 2),  # an image each, the second without its text
-        (64, 1, 64, [48], 1),
+        (64, 1, 64, [64], 1),  # the last sequence there can be has the rest
         (200, 8, 64, [48, 48, 48, 48, 8], 4),
         (64, 4, 20, [20, 20, 20, 4], 3),
         (15, 4, 64, [15], 0),  # no room for an image
