@@ -23,7 +23,7 @@ from dist_vlm.kernels.triton_support import triton_interpreted
 
 # Programs that fill a GPU when it decodes; parts are added until the batch has as many. Interpreted, each costs time.
 _WANTED_PROGRAMS = 32 if triton_interpreted() else 1056
-_MAX_PARTS, _FEW_PARTS = 32, 8
+_MAX_PARTS, _FEW_PARTS = 16, 8
 
 
 def attend_singles(

@@ -52,7 +52,7 @@ def test_several_tiles(sequences, dtype, few_programs, monkeypatch) -> None:
 def test_positions_in_parts(monkeypatch) -> None:
     """Contexts shorter and longer than the parts, and parts without a position."""
     monkeypatch.setattr(paged_decode_triton, "_WANTED_PROGRAMS", 1056)
-    assert num_parts(4) == 32
+    assert num_parts(4) == 16
     compare([(1, 700), (1, 1), (1, 65)], heads=2, kv_heads=1, head_dim=32)
     compare([(1, 2050), (1, 47), (1, 48), (1, 49), (1, 96)], heads=2, kv_heads=2, head_dim=16)
     compare([(1, 129), (1, 200)], heads=2, kv_heads=2, head_dim=32, dtype=torch.bfloat16)
