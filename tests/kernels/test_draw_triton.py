@@ -159,7 +159,7 @@ def test_tritons_noise_has_the_bits_of_torchs(seed: int, sample_index: int, posi
     assert torch.equal(words & 0xFFFFFFFF, torch.stack(torch.broadcast_tensors(*expected)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(kind=st.sampled_from(KINDS), vocab=st.sampled_from(VOCABS[:-1]), seed=st.integers(0, 1000), row=DRAW_ROWS)
 @example(kind="bfloat16", vocab=2999, seed=1, row=DrawRow(0.7, top_p=0.9, seed=1))
 @example(kind="few values", vocab=2999, seed=1, row=DrawRow(1.0, top_k=40, top_p=0.6, min_p=0.01, seed=2))
@@ -167,7 +167,7 @@ def test_the_token_is_that_of_a_float64_reference(kind: str, vocab: int, seed: i
     check(make_logits(kind, vocab, seed)[None], [row], device)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(kind=st.sampled_from(KINDS), vocab=st.sampled_from(VOCABS[:-1]), seed=st.integers(0, 1000), row=DRAW_ROWS)
 @example(kind="bfloat16", vocab=2999, seed=1, row=DrawRow(0.7, top_p=0.9))
 @example(kind="equal", vocab=2999, seed=1, row=DrawRow(0.7, top_p=0.37))

@@ -19,8 +19,8 @@ def random_logits(rows: int, vocab: int, seed: int = 1) -> Tensor:
 
 
 def chi_square(logits: Tensor, row: DrawRow, expected: Tensor) -> tuple[float, int]:
-    """Of 40,000 draws of `row` at positions of their own against probabilities; (statistic, degrees of freedom)."""
-    count = 40_000
+    """Of 15,000 draws of `row` at positions of their own against probabilities; (statistic, degrees of freedom)."""
+    count = 15_000
     tokens = sample.draw(logits.expand(count, -1), [row._replace(position=i) for i in range(count)])
     counts = torch.bincount(tokens, minlength=logits.shape[0]).to(torch.float64)
     possible = expected > 0

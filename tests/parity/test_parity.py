@@ -35,8 +35,8 @@ def num_cases(request: pytest.FixtureRequest, point: Point) -> int:
     if request.config.getoption("--full-matrix"):
         return NUM_CASES
     if point.budget == 7:
-        return 4 if point.ranks == 4 else 6
-    return 12
+        return 4
+    return 8 if point.ranks == 4 else 12
 
 
 def cases_of(point: Point, num_cases: int) -> tuple[Case, ...]:
