@@ -44,7 +44,7 @@ CALLS = 16  # between two events
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Microseconds of one draw. kernel_us: of the kernel alone; `*_host_us`: what a call costs the thread."""
+    """Microseconds of one call. kernel_us: of the kernel alone; `*_host_us`: what a call costs the thread."""
 
     asked: str
     rows: int

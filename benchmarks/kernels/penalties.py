@@ -14,14 +14,14 @@ import argparse
 import datetime
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from draw import calls_us, make_logits
+from draw import Row, calls_us, make_logits, show
 from elementwise import copy_bytes_per_us, graph_us, host_us
 from torch import Tensor
 
@@ -36,20 +36,6 @@ ASKED = {
     "presence, frequency": {"presence": 0.5, "frequency": 0.1},
     "all three": {"repetition": 1.1, "presence": 0.5, "frequency": 0.1},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Microseconds of one call. kernel_us: of the kernel alone; `*_host_us`: what a call costs the thread."""
-
-    asked: str
-    rows: int
-    least_us: float
-    kernel_us: float
-    triton_us: float
-    torch_us: float
-    triton_host_us: float
-    torch_host_us: float
 
 
 def measure(asked: str, num_rows: int, *, token_ids: Tensor, begin: int, vocab: int, rate: float) -> Row:
@@ -69,14 +55,6 @@ def measure(asked: str, num_rows: int, *, token_ids: Tensor, begin: int, vocab: 
         calls_us(by_torch, inputs),
         host_us(by_triton, inputs),
         host_us(by_torch, inputs),
-    )
-
-
-def show(row: Row) -> None:
-    print(
-        f"{row.asked:20} {row.rows:6} {row.least_us:9.2f} {row.kernel_us:10.2f} {row.triton_us:9.1f}"
-        f" {row.torch_us:9.1f} {row.torch_us / row.triton_us:7.1f}x {row.triton_host_us:9.1f} {row.torch_host_us:9.1f}",
-        flush=True,
     )
 
 
