@@ -11,27 +11,20 @@ model's are, so that many of a row are equal. Needs a GPU.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from elementwise import COLD_BYTES, MAX_SETS, copy_bytes_per_us, event_us, graph_us, host_us
+from gpu_program import run
 from torch import Tensor
 
 from dist_vlm.kernels import sample
 from dist_vlm.kernels.draw_triton import draw_triton, launch, settings_of
 from dist_vlm.kernels.sample import DrawRow
 from dist_vlm.kernels.upload import to_device
-from dist_vlm.launch.bench_record import git_commit
-
-ROOT = Path(__file__).resolve().parents[2]
 
 ASKED = {
     "temperature": DrawRow(0.8),
@@ -112,10 +105,6 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
             measured.append(measure(asked, rows, arguments.vocab, rate=rate, device=device))
             show(measured[-1])
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": git_commit(ROOT),
-        "device": torch.cuda.get_device_name(),
-        "software": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
         "vocab": arguments.vocab,
         "copy_tb_per_s": rate / 1e6,
         "rows": [asdict(row) for row in measured],
@@ -127,13 +116,7 @@ def main() -> None:
     parser.add_argument("--asked", nargs="+", default=list(ASKED), choices=list(ASKED), help="what all rows ask")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256], help="rows of a call")
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--out", type=Path, help="file for the results as JSON")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch sees no GPU here")
-    measured = report(arguments)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(measured, indent=2) + "\n")
+    run(parser, report)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,15 @@ written once at the rate of a large copy, measured in the same run, and at least
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+from gpu_program import run
 from torch import Tensor
 
 from dist_vlm.kernels.embed import embed_torch
@@ -37,9 +33,6 @@ from dist_vlm.kernels.rotary_write_kv_triton import rotary_write_kv_triton
 from dist_vlm.kernels.sample import greedy
 from dist_vlm.kernels.silu_mul import silu_mul_torch
 from dist_vlm.kernels.silu_mul_triton import silu_mul_triton
-from dist_vlm.launch.bench_record import git_commit
-
-ROOT = Path(__file__).resolve().parents[2]
 
 COPY_BYTES = 1 << 30
 COLD_BYTES = 256 << 20  # of all sets of inputs together: several times an L2 cache
@@ -224,10 +217,6 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
             show(measured[-1])
     sizes = ("dtype", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab")
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": git_commit(ROOT),
-        "device": torch.cuda.get_device_name(),
-        "software": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
         "sizes": {size: getattr(arguments, size) for size in sizes},
         "copy_tb_per_s": rate / 1e6,
         "smallest_kernel_us": smallest_us,
@@ -247,13 +236,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=32)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--vocab", type=int, default=32064)
-    parser.add_argument("--out", type=Path, help="file for the results as JSON")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch sees no GPU here")
-    measured = report(arguments)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(measured, indent=2) + "\n")
+    run(parser, report)
 
 
 if __name__ == "__main__":

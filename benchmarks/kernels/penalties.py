@@ -11,26 +11,20 @@ has a prompt of one picture and some text, and an answer after it. Needs a GPU.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from draw import Row, calls_us, make_logits, show
 from elementwise import copy_bytes_per_us, graph_us, host_us
+from gpu_program import run
 from torch import Tensor
 
 from dist_vlm.kernels.penalties import PenaltyRow, penalise
 from dist_vlm.kernels.penalties_triton import launch, penalise_triton, settings_of
 from dist_vlm.kernels.upload import to_device
-from dist_vlm.launch.bench_record import git_commit
 
-ROOT = Path(__file__).resolve().parents[2]
 ASKED = {
     "repetition": {"repetition": 1.1},
     "presence, frequency": {"presence": 0.5, "frequency": 0.1},
@@ -75,10 +69,6 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             show(measured[-1])
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": git_commit(ROOT),
-        "device": torch.cuda.get_device_name(),
-        "software": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
         "vocab": arguments.vocab,
         "prompt_tokens": arguments.prompt_tokens,
         "output_tokens": arguments.output_tokens,
@@ -93,13 +83,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=640)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--out", type=Path, help="file for the results as JSON")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch sees no GPU here")
-    measured = report(arguments)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(measured, indent=2) + "\n")
+    run(parser, report)
 
 
 if __name__ == "__main__":
