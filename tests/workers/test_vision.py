@@ -124,6 +124,13 @@ FAULTS = {
 }
 
 
+def staged_with_fault(value):
+    """Four images, of which `bad` has this value; it is not staged for None."""
+    if value is None:
+        return staged(good=1, fine=3, last=4)
+    return staged(good=1, bad=value, fine=3, last=4)
+
+
 @pytest.mark.parametrize("data_parallel", [True, False])
 @pytest.mark.parametrize("guilty", [{0}, {1}, {2}, {0, 1, 2}], ids=str)
 @pytest.mark.parametrize(("value", "reason"), FAULTS.values(), ids=FAULTS.keys())
@@ -132,11 +139,7 @@ def test_a_failure_is_the_same_on_all_ranks_and_strands_nobody(value, reason, gu
 
     def rank(comm):
         features = store(comm, data_parallel=data_parallel)
-        images = staged(good=1, bad=2, fine=3, last=4)
-        if comm.rank in guilty:
-            images.stage("bad", "pixel_values", PIXELS * (value or 1))
-            if value is None:
-                images.unstage("bad")
+        images = staged_with_fault(value if comm.rank in guilty else 2)
         failures = features.encode(("good", "bad", "fine", "last"), images)
         again = features.encode(("good", "last"), images)
         return failures, again, held(features), comm.count.total
@@ -331,11 +334,7 @@ def test_what_fails_may_be_told_later_and_every_rank_holds_every_image_until_the
 
     def rank(comm):
         features = store(comm, data_parallel=data_parallel)
-        images = staged(good=1, bad=2, fine=3, last=4)
-        if comm.rank in guilty:
-            images.stage("bad", "pixel_values", PIXELS * (value or 1))
-            if value is None:
-                images.unstage("bad")
+        images = staged_with_fault(value if comm.rank in guilty else 2)
         verdict = features.encode_later(("good", "bad", "fine", "last"), images, ROWS)
         shapes = {key: rows.shape for key, rows in features.features.items()}
         one = features.encode_later(("last",), images, ROWS)
