@@ -52,7 +52,7 @@ class Holder:
     def facts(self) -> dict[str, tuple[int, tuple[int, ...], str, bool]]:
         return {
             key: (int(array.sum(dtype=np.int64)), array.shape, str(array.dtype), array.flags.writeable)
-            for key, array in self.held.items()
+            for key, array in self.held.copy().items()  # another thread takes and forgets
         }
 
     def history(self) -> list[str]:

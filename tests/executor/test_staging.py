@@ -36,7 +36,7 @@ class Holder:
         del self.held[key]
 
     def facts(self) -> dict[str, tuple[int, bool]]:
-        return {key: (int(array.sum(dtype=np.int64)), array.flags.writeable) for key, array in self.held.items()}
+        return {key: (int(array.sum(dtype=np.int64)), array.flags.writeable) for key, array in self.held.copy().items()}
 
 
 @pytest.fixture
